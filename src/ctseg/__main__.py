@@ -1,0 +1,5 @@
+"""`python -m ctseg` is the same program as `ctseg`."""
+
+from ctseg.cli import main
+
+main()

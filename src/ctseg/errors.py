@@ -1,0 +1,70 @@
+"""The errors a user can cause or meet, each with the exit code the shell sees.
+
+    CtsegError                    exit 2: wrong use or bad input; the message says what to do
+    |- RecipeError                a recipe file or a `--set` is wrong (all problems at once)
+    |- ManifestError              a data list is wrong (all problems at once)
+    |- ImageError                 a file is not a CT volume ctseg can trust
+    |- ModelError                 a checkpoint or an exported model cannot be used
+    |- DeviceError                the machine lacks what was asked for
+    |- OutputError                a result cannot be written (disk full, read-only)
+    |- LearningError              exit 1: a pipeline ran but missed its own target
+    |- CasesFailed                exit 1: some cases failed, the rest are done
+    `- Stopped                    exit 75: stopped by a signal, resumable
+
+Anything else that escapes is a bug in ctseg and keeps its traceback.
+"""
+
+
+class CtsegError(Exception):
+    """A user's problem, told in one line: the rule, what was got, what to do."""
+
+    exit_code = 2
+
+
+class RecipeError(CtsegError):
+    """A recipe or an override breaks a rule."""
+
+
+class ManifestError(CtsegError):
+    """A data list breaks a rule."""
+
+
+class ImageError(CtsegError):
+    """A file is not a CT volume that can be trusted."""
+
+
+class ModelError(CtsegError):
+    """A checkpoint or exported model cannot be used."""
+
+
+class DeviceError(CtsegError):
+    """The machine lacks what was asked for."""
+
+
+class OutputError(CtsegError):
+    """A result cannot be written."""
+
+
+class LearningError(CtsegError):
+    """A pipeline ran to its end but missed the target it sets itself."""
+
+    exit_code = 1
+
+
+class CasesFailed(CtsegError):
+    """Some cases failed; every other one is done."""
+
+    exit_code = 1
+
+
+class Stopped(CtsegError):
+    """A signal stopped the work at a point it can resume from."""
+
+    exit_code = 75
+
+
+def list_problems(subject: str, problems: list[str]) -> str:
+    """One message that names every problem of one thing: on one line if single, else one a line."""
+    if len(problems) == 1:
+        return f"{subject}: {problems[0]}"
+    return "\n  ".join([f"{subject}: {len(problems)} problems", *problems])

@@ -1,0 +1,219 @@
+"""Data lists: which cases exist, where their files are, and which split each belongs to.
+
+The grammar is the one of the Medical Segmentation Decathlon and MONAI: a JSON object whose `training`, `validation`
+and `testing` keys hold `{"image": ..., "label": ...}` entries and whose `test` key holds images without labels. A bare
+JSON list of paths, or a text file with one path a line, is a manifest too: all its images are in split `test`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ctseg.errors import ManifestError, list_problems
+
+SPLITS = ("training", "validation", "testing", "test")
+IMAGE_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".mha")
+MAX_MANIFEST_BYTES = 64 * 2**20
+"""A data list is text; anything larger is not one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One CT and, where known, its label."""
+
+    name: str
+    """Unique in the manifest; names result files and table rows."""
+    split: str
+    image: Path
+    label: Path | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """A data set: its cases and where they came from."""
+
+    name: str
+    cases: tuple[Case, ...]
+    labels: dict[str, str]
+    licence: str
+    source: str
+
+    def split(self, name: str) -> tuple[Case, ...]:
+        """The cases of one split.
+
+        Raises:
+            ManifestError: if the split is unknown or empty.
+        """
+        cases = tuple(case for case in self.cases if case.split == name)
+        if not cases:
+            sizes = ", ".join(f"{s} {n}" for s, n in Counter(c.split for c in self.cases).items())
+            raise ManifestError(f"manifest '{self.name}': split '{name}' has no cases; it has {sizes or 'none at all'}")
+        return cases
+
+
+def shipped_manifest(name: str) -> Path:
+    """The path of a manifest that ships with ctseg, whether installed or run from its checkout.
+
+    Raises:
+        ManifestError: if there is none of that name.
+    """
+    package = Path(__file__).parent
+    folders = (package / "manifests", package.parents[1] / "data" / "manifests")
+    for folder in folders:
+        if (folder / f"{name}.json").is_file():
+            return folder / f"{name}.json"
+    known = sorted({path.stem for folder in folders for path in folder.glob("*.json")})
+    raise ManifestError(f"manifest '{name}': not shipped with ctseg; known: {', '.join(known)}, or name a file")
+
+
+def data_folder() -> Path:
+    """Where data sets live: `$CTSEG_DATA`, else `data` in the current folder."""
+    return Path(os.environ.get("CTSEG_DATA", "data"))
+
+
+def read_manifest(path: Path, root: Path | None = None) -> Manifest:
+    """The manifest in a `.json` or `.txt` file; relative paths are taken from `root`, default the file's folder.
+
+    Raises:
+        ManifestError: naming every problem at once; a relative path may not leave `root`.
+    """
+    root = path.parent if root is None else root
+    data = _read_data(path)
+    if isinstance(data, list):
+        data = {"test": data}
+    if not isinstance(data, Mapping):
+        raise ManifestError(f"manifest '{path}': expected a JSON object or list, got {type(data).__name__}")
+    problems: list[str] = []
+    entries = [(split, n, entry) for split in SPLITS for n, entry in enumerate(_as_list(data, split, problems))]
+    found = [_read_entry(f"{split}[{n}]", split, entry, root, problems) for split, n, entry in entries]
+    cases = _with_unique_names([case for case in found if case is not None], root)
+    problems.extend(_repeated(cases))
+    if not entries and not problems:
+        problems.append(f"no cases; expected at least one of the keys {', '.join(SPLITS)}")
+    if problems:
+        raise ManifestError(list_problems(f"manifest '{path}'", problems))
+    labels = data.get("labels", {})
+    return Manifest(
+        name=str(data.get("name", path.stem)),
+        cases=tuple(cases),
+        labels={str(k): str(v) for k, v in labels.items()} if isinstance(labels, Mapping) else {},
+        licence=str(data.get("licence", "unknown")),
+        source=str(data.get("source", "unknown")),
+    )
+
+
+def find_manifest(name: str, data: Path | None) -> Manifest:
+    """The manifest called `name` (shipped name or path), its images below `data`.
+
+    A shipped manifest's images lie in the folder it names (`Task09_Spleen`) below `data`, or in `data` itself;
+    `data` defaults to `data_folder()`. A file's own relative paths start at `data`, default the file's folder.
+
+    Raises:
+        ManifestError: if the manifest is unknown or wrong, or its images are not there.
+    """
+    if name.endswith((".json", ".txt")):
+        return check_files(read_manifest(Path(name), data))
+    path = shipped_manifest(name)
+    folder = str(_read_data(path).get("folder", name))
+    base = data if data is not None else data_folder()
+    root = base / folder if (base / folder).is_dir() else base
+    manifest = read_manifest(path, root)
+    if not any(case.image.is_file() for case in manifest.cases):
+        raise ManifestError(
+            f"data set '{name}': no image found below '{base / folder}'; fetch it from {manifest.source} and unpack it "
+            f"there, or name its folder with --data DIR, or your own list with --manifest FILE"
+        )
+    return check_files(manifest)
+
+
+def check_files(manifest: Manifest) -> Manifest:
+    """The manifest itself, once every file it names is known to exist.
+
+    Raises:
+        ManifestError: listing every missing file.
+    """
+    files = [f for case in manifest.cases for f in (case.image, case.label) if f is not None]
+    missing = [f"file not found: {f}" for f in files if not f.is_file()]
+    if missing:
+        raise ManifestError(list_problems(f"manifest '{manifest.name}'", missing))
+    return manifest
+
+
+def image_stem(path: Path | PurePosixPath) -> str:
+    """A file's name without its image suffix: `a/ct.nii.gz` -> `ct`."""
+    lower = path.name.lower()
+    suffix = next((s for s in IMAGE_SUFFIXES if lower.endswith(s)), path.suffix)
+    return path.name[: len(path.name) - len(suffix)] if suffix else path.name
+
+
+def _read_data(path: Path) -> Any:
+    try:
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise ManifestError(f"manifest '{path}': larger than {MAX_MANIFEST_BYTES >> 20} MiB, not a data list")
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ManifestError(f"manifest '{path}': cannot be read: {error}") from error
+    if path.suffix == ".txt":
+        return [line.strip() for line in text.splitlines() if line.strip()]
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"manifest '{path}': not valid JSON: {error}") from error
+
+
+def _as_list(data: Mapping[str, Any], split: str, problems: list[str]) -> list[Any]:
+    entries = data.get(split, [])
+    if not isinstance(entries, list):
+        problems.append(f"{split}: expected a list, got {type(entries).__name__}")
+        return []
+    return entries
+
+
+def _read_entry(where: str, split: str, entry: Any, root: Path, problems: list[str]) -> Case | None:
+    if isinstance(entry, str):
+        entry = {"image": entry}
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("image"), str):
+        problems.append(f'{where}: expected a path or {{"image": path, "label": path}}, got {entry!r:.80}')
+        return None
+    label = entry.get("label")
+    if label is not None and not isinstance(label, str):
+        problems.append(f"{where}.label: expected a path, got {label!r:.80}")
+        return None
+    paths = []
+    for text in (entry["image"], label):
+        if text is not None and not Path(text).is_absolute() and ".." in PurePosixPath(text).parts:
+            problems.append(f"{where}: relative paths may not contain '..', got '{text}'")
+            return None
+        paths.append(None if text is None else root / text)
+    image, label_path = paths
+    assert image is not None
+    return Case(name=image_stem(image), split=split, image=image, label=label_path)
+
+
+def _with_unique_names(cases: list[Case], root: Path) -> list[Case]:
+    """Cases that share a file name are named by their path below `root`, parts joined by '_'."""
+    shared = {name for name, n in Counter(case.name for case in cases).items() if n > 1}
+
+    def rename(case: Case) -> Case:
+        if case.name not in shared:
+            return case
+        inside = case.image.relative_to(root) if case.image.is_relative_to(root) else case.image
+        parts = [*inside.parent.parts, case.name]
+        name = "_".join(part for part in parts if part != inside.anchor)
+        return Case(name=name, split=case.split, image=case.image, label=case.label)
+
+    return [rename(case) for case in cases]
+
+
+def _repeated(cases: Iterable[Case]) -> list[str]:
+    """A line for each image that stands more than once, in one split or across splits."""
+    where: dict[Path, list[str]] = {}
+    for case in cases:
+        where.setdefault(case.image, []).append(case.split)
+    return [f"image listed {len(s)} times ({', '.join(s)}): {p}" for p, s in where.items() if len(s) > 1]

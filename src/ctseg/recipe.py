@@ -1,0 +1,313 @@
+"""A recipe: every number of one pipeline, as frozen dataclasses read from one TOML file.
+
+Recipes are data: no class paths, no expressions, no lists of transforms. The order of steps is code. A recipe is
+named `spleen`, one of its variants `spleen:small`, a file by its path. Order of spatial numbers is x, y, z.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from ctseg.errors import RecipeError, list_problems
+from ctseg.strict import Range, read_dataclass
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+RECIPE_FOLDER = Path(__file__).parent / "recipes"
+
+Positive = Annotated[float, Range(above=0)]
+Probability = Annotated[float, Range(at_least=0, at_most=1)]
+Count = Annotated[int, Range(at_least=1)]
+Size = tuple[Count, Count, Count]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Which data set trains the recipe."""
+
+    manifest: str
+    """Name of a manifest that ships with ctseg, or of a made data set."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocess:
+    """From a CT in Hounsfield units to the network's input, on a RAS grid."""
+
+    spacing_mm: tuple[Positive, Positive, Positive]
+    hu_window: tuple[float, float]
+    """HU mapped to 0 and 1; outside is clipped."""
+    crop_foreground: bool
+    """Training cases are cropped to the box of voxels above 0 after windowing."""
+
+    def check(self) -> Iterator[str]:
+        low, high = self.hu_window
+        if low >= high:
+            yield f"hu_window: the first value must be below the second, got [{low:g}, {high:g}]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetSpec:
+    """MONAI's UNet with residual units (Kerfoot et al. 2019)."""
+
+    kind: Literal["unet"]
+    channels: tuple[Count, ...]
+    strides: tuple[Count, ...]
+    num_res_units: Annotated[int, Range(at_least=0)]
+    norm: Literal["batch", "instance"]
+
+    def check(self) -> Iterator[str]:
+        if len(self.channels) < 2 or len(self.strides) != len(self.channels) - 1:
+            yield f"strides: expected one less than channels ({len(self.channels)}), got {len(self.strides)}"
+
+    @property
+    def size_multiple(self) -> int:
+        """A window's size along each axis must be a multiple of this."""
+        multiple = 1
+        for stride in self.strides:
+            multiple *= stride
+        return multiple
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Random patches for training."""
+
+    patch_size: Size
+    patches_per_case: Count
+    positive_fraction: Probability
+    """Share of patches centred on foreground; the others are centred on background inside the body."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """Random changes to each patch. Offsets are in units of the 0..1 intensity scale."""
+
+    shift_offset: Annotated[float, Range(at_least=0)]
+    shift_probability: Probability
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiceSpec:
+    """MONAI's DiceLoss on softmax scores."""
+
+    kind: Literal["dice"]
+    squared_pred: bool
+    batch: bool
+    """The Dice sums run over all patches of a step instead of each patch alone."""
+    include_background: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiceCESpec(DiceSpec):
+    """MONAI's DiceCELoss: the sum of Dice on softmax scores and cross entropy, weights 1 and 1."""
+
+    kind: Literal["dice_ce"]  # type: ignore[assignment]  # narrows the parent's literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class NovogradSpec:
+    """MONAI's Novograd with its default betas (0.9, 0.98)."""
+
+    kind: Literal["novograd"]
+    lr: Positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamSpec:
+    """PyTorch's Adam with its default betas."""
+
+    kind: Literal["adam"]
+    lr: Positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """Length and rhythm of training."""
+
+    epochs: Count
+    batch_cases: Count
+    """Cases per optimisation step, over all processes together; each gives `patches_per_case` patches."""
+    lr_step_epochs: Count
+    lr_gamma: Positive
+    """The learning rate is multiplied by this every `lr_step_epochs` epochs."""
+    validation_interval_epochs: Count
+    validation_overlap: Annotated[float, Range(at_least=0, below=1)]
+    amp: bool
+    """Mixed precision on CUDA."""
+    seed: Annotated[int, Range(at_least=0, at_most=2**31 - 1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inference:
+    """Sliding window of `validate` and `infer`."""
+
+    window_size: Size
+    overlap: Annotated[float, Range(at_least=0, below=1)]
+    batch_windows: Count
+    """Windows per network call on a GPU. On a CPU windows go one by one: more cost memory and gain nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """All that defines a pipeline; read from TOML by `load_recipe`, carried inside every checkpoint and export."""
+
+    name: str
+    title: str
+    source: str
+    labels: dict[str, str]
+    """Label value (as a string, "1" upwards without gaps) -> name of the structure."""
+    data: Data
+    preprocess: Preprocess
+    network: UNetSpec
+    sampling: Sampling
+    augmentation: Augmentation
+    objective: DiceSpec | DiceCESpec
+    optimizer: NovogradSpec | AdamSpec
+    training: Training
+    inference: Inference
+
+    def check(self) -> Iterator[str]:
+        if list(self.labels) != [str(n + 1) for n in range(len(self.labels))] or not self.labels:
+            yield f'labels: expected "1", "2", ... without gaps, got {", ".join(self.labels) or "none"}'
+        if len(self.labels) > 255:
+            yield f"labels: at most 255 fit a uint8 mask, got {len(self.labels)}"
+        multiple = self.network.size_multiple
+        for key, size in (("sampling.patch_size", self.sampling.patch_size), ("inference.window_size", self.inference.window_size)):
+            if any(n % multiple for n in size):
+                yield f"{key}: every size must be a multiple of {multiple} (the network's strides), got {list(size)}"
+
+    @property
+    def num_classes(self) -> int:
+        """Labels and background."""
+        return len(self.labels) + 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that `recipe_from_dict` reads back."""
+        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return plain
+
+    @property
+    def slug(self) -> str:
+        """The name as it stands in folder names."""
+        return self.name.replace(":", "-")
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that ship with ctseg, sorted: one for each file in `recipes/`."""
+    return sorted(path.stem for path in RECIPE_FOLDER.glob("*.toml"))
+
+
+def variant_names(name: str) -> list[str]:
+    """Names of a shipped recipe's variants, in the file's order."""
+    return list(_read_toml(RECIPE_FOLDER / f"{name}.toml").get("variants", {}))
+
+
+def recipe_path(name: str) -> Path:
+    """The file behind a recipe's name or path.
+
+    Raises:
+        RecipeError: if there is no such recipe or file.
+    """
+    base = name.partition(":")[0]
+    if base in recipe_names():
+        return RECIPE_FOLDER / f"{base}.toml"
+    for path in (Path(name), Path(base)):
+        if path.suffix in (".toml", ".json") and path.is_file():
+            return path
+    raise RecipeError(
+        f"recipe '{name}': no such recipe; known: {', '.join(recipe_names())}, or the path of a .toml or .json file"
+    )
+
+
+def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
+    """The recipe called `name` (`spleen`, `spleen:small`, `my.toml`) with `section.key=value` overrides applied.
+
+    Raises:
+        RecipeError: naming every problem of the file and of the overrides at once.
+    """
+    path = recipe_path(name)
+    data = _read_json(path) if path.suffix == ".json" else _read_toml(path)
+    variants = data.pop("variants", {})
+    problems: list[str] = []
+    if ":" in name and not Path(name).is_file():
+        variant = name.rpartition(":")[2]
+        if not isinstance(variants, Mapping) or variant not in variants:
+            raise RecipeError(f"recipe '{name}': no variant '{variant}'; known: {', '.join(variants) or 'none'}")
+        data = _merge(data, variants[variant])
+        data["name"] = f"{data.get('name')}:{variant}"
+    for override in overrides or []:
+        data = _merge(data, _parse_override(override, problems))
+    return _finish(data, f"recipe '{name}'", problems)
+
+
+def recipe_from_dict(data: Any, subject: str) -> Recipe:
+    """The recipe that a checkpoint or an export carries.
+
+    Raises:
+        RecipeError: naming every problem at once, after `subject`.
+    """
+    return _finish(data, subject, [])
+
+
+def _finish(data: Any, subject: str, problems: list[str]) -> Recipe:
+    recipe = read_dataclass(Recipe, data, "", problems)
+    if recipe is None or problems:
+        raise RecipeError(list_problems(subject, problems))
+    return recipe
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise RecipeError(f"recipe '{path}': cannot be read as TOML: {error}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"recipe '{path}': cannot be read as JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise RecipeError(f"recipe '{path}': expected a JSON object, got {type(data).__name__}")
+    return data
+
+
+def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `changes` on top, table by table; a table whose `kind` changes is replaced as a whole."""
+    merged = dict(base)
+    for key, value in changes.items():
+        old = merged.get(key)
+        both_tables = isinstance(old, Mapping) and isinstance(value, Mapping)
+        if both_tables and value.get("kind", old.get("kind")) == old.get("kind"):
+            merged[key] = _merge(dict(old), value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _parse_override(text: str, problems: list[str]) -> dict[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        problems.append(f"--set {text}: expected section.key=value")
+        return {}
+    try:
+        parsed: Any = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value.strip()  # a bare word is a string, so that no quotes are needed in a shell
+    nested: dict[str, Any] = {}
+    table = nested
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        table = table.setdefault(parent, {})
+    table[last] = parsed
+    return nested
