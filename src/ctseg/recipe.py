@@ -49,6 +49,7 @@ class Preprocess:
     """Training cases are cropped to the box of voxels above 0 after windowing."""
 
     def check(self) -> Iterator[str]:
+        """Problems beyond those of single values, as "key: text"."""
         low, high = self.hu_window
         if low >= high:
             yield f"hu_window: the first value must be below the second, got [{low:g}, {high:g}]"
@@ -65,6 +66,7 @@ class UNetSpec:
     norm: Literal["batch", "instance"]
 
     def check(self) -> Iterator[str]:
+        """Problems beyond those of single values, as "key: text"."""
         if len(self.channels) < 2 or len(self.strides) != len(self.channels) - 1:
             yield f"strides: expected one less than channels ({len(self.channels)}), got {len(self.strides)}"
 
@@ -176,12 +178,16 @@ class Recipe:
     inference: Inference
 
     def check(self) -> Iterator[str]:
+        """Problems beyond those of single values, as "key: text"."""
         if list(self.labels) != [str(n + 1) for n in range(len(self.labels))] or not self.labels:
             yield f'labels: expected "1", "2", ... without gaps, got {", ".join(self.labels) or "none"}'
         if len(self.labels) > 255:
             yield f"labels: at most 255 fit a uint8 mask, got {len(self.labels)}"
         multiple = self.network.size_multiple
-        for key, size in (("sampling.patch_size", self.sampling.patch_size), ("inference.window_size", self.inference.window_size)):
+        for key, size in (
+            ("sampling.patch_size", self.sampling.patch_size),
+            ("inference.window_size", self.inference.window_size),
+        ):
             if any(n % multiple for n in size):
                 yield f"{key}: every size must be a multiple of {multiple} (the network's strides), got {list(size)}"
 
@@ -267,9 +273,10 @@ def _finish(data: Any, subject: str, problems: list[str]) -> Recipe:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        data: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise RecipeError(f"recipe '{path}': cannot be read as TOML: {error}") from error
+    return data
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -287,11 +294,9 @@ def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in changes.items():
         old = merged.get(key)
-        both_tables = isinstance(old, Mapping) and isinstance(value, Mapping)
-        if both_tables and value.get("kind", old.get("kind")) == old.get("kind"):
-            merged[key] = _merge(dict(old), value)
-        else:
-            merged[key] = value
+        if isinstance(old, Mapping) and isinstance(value, Mapping) and value.get("kind") in (None, old.get("kind")):
+            value = _merge(dict(old), value)
+        merged[key] = value
     return merged
 
 

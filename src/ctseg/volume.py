@@ -61,7 +61,8 @@ class Geometry:
     @property
     def direction(self) -> NDArray[np.float64]:
         """3x3; column n is the unit vector of array axis n in LPS."""
-        return self.affine[:3, :3] / np.asarray(self.spacing_mm)
+        axes: NDArray[np.float64] = self.affine[:3, :3] / np.asarray(self.spacing_mm)
+        return axes
 
     @property
     def affine_ras(self) -> NDArray[np.float64]:
@@ -136,5 +137,5 @@ def to_ras(volume: Volume) -> Volume:
 def from_ras(array: NDArray[Any], geometry: Geometry) -> NDArray[Any]:
     """The inverse of `to_ras` for an array on the RAS grid: a view in the axis order of `geometry`."""
     order = orientation_to_ras(geometry)
-    flipped = array[tuple(slice(None, None, dict(order)[n]) for n in range(3))]
+    flipped: NDArray[Any] = array[tuple(slice(None, None, dict(order)[n]) for n in range(3))]
     return flipped.transpose([ras_axis for ras_axis, _ in order])

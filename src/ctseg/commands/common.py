@@ -1,0 +1,66 @@
+"""What several commands share: options declared once, and how results reach stdout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ctseg.report.tables import render_table
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one value of the recipe; may be repeated."),
+]
+ManifestOption = Annotated[
+    str | None, typer.Option("--manifest", help="Data list: a file, or a shipped name. Default: the recipe's.")
+]
+DataOption = Annotated[
+    Path | None, typer.Option("--data", help="Folder of the images. Default: $CTSEG_DATA, else ./data.")
+]
+PreparedOption = Annotated[Path, typer.Option("--prepared", help="Folder for prepared cases.")]
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", help="Run folder, checkpoint, exported file, or recipe. Default: the newest run here."),
+]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+PrecisionOption = Annotated[
+    str,
+    typer.Option("--precision", help="auto, float32, bfloat16 or float16. auto: float16 AMP on CUDA, else float32."),
+]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+
+
+def emit(data: Any, text: str, as_json: bool) -> None:
+    """Prints a result on stdout: for people, or as JSON for scripts."""
+    typer.echo(json.dumps(data, indent=1, default=str) if as_json else text)
+
+
+def pairs(rows: Sequence[tuple[str, object]]) -> str:
+    """Two columns without a header."""
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
+
+
+def score_table(evaluation: Any) -> str:
+    """Per-case scores and summaries of an `Evaluation`, with failed cases and their reasons."""
+    rows = [(s.case, s.structure, s.dice, s.label_ml, s.mask_ml, round(s.seconds, 1)) for s in evaluation.scores]
+    cases = render_table(("case", "structure", "dice", "label_ml", "mask_ml", "seconds"), rows)
+    lines = [cases, ""]
+    for s in evaluation.summaries:
+        lines.append(
+            f"{s.structure}: mean Dice {_number(s.mean_dice)}, sd {_number(s.sd_dice)}, "
+            f"range {_number(s.min_dice)} to {_number(s.max_dice)}, {s.cases} cases"
+            + (f", {s.undefined} with an empty label (left out)" if s.undefined else "")
+            + (f", {s.failed} failed" if s.failed else "")
+        )
+    lines += [f"failed: {s.case}: {s.error}" for s in evaluation.failed]
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

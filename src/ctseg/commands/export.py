@@ -1,0 +1,50 @@
+"""`ctseg export`: a checkpoint becomes a file that runs without ctseg's code."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ctseg.commands.common import DeviceOption, JsonFlag, ModelOption, emit, pairs
+from ctseg.errors import ModelError
+from ctseg.workspace import resolve_model
+
+if TYPE_CHECKING:
+    from ctseg.engine.export import ExportReport
+
+
+def export(
+    file_format: Annotated[str, typer.Option("--format", help="torchscript or onnx.")] = "torchscript",
+    model: ModelOption = None,
+    output: Annotated[Path | None, typer.Option(help="Default: model.ts or model.onnx beside the model.")] = None,
+    device: DeviceOption = "auto",
+    as_json: JsonFlag = False,
+) -> None:
+    """Export a checkpoint to TorchScript or ONNX, recipe inside, compared with the eager model."""
+    path = resolve_model(model)
+    if path.suffix != ".pt":
+        raise ModelError(f"model '{path}': already exported; name a checkpoint (.pt) or a run")
+    from ctseg.engine.export import SUFFIXES
+    from ctseg.engine.export import export as run
+    from ctseg.engine.runtime import running
+
+    target = output or path.with_name(f"model{SUFFIXES.get(file_format, '')}")
+    with running(device, "float32") as runtime:
+        report = run(path, file_format, target, runtime)
+    emit(dataclasses.asdict(report), _text(report), as_json)
+
+
+def _text(report: ExportReport) -> str:
+    opset = f", opset {report.opset}" if report.opset else ""
+    return pairs(
+        [
+            ("wrote", f"{report.path} ({report.format}{opset})"),
+            ("input", f"{list(report.input_shape)}, batch free"),
+            ("compared on", f"{report.windows} windows of a made CT"),
+            ("largest difference", f"{report.largest_difference:.2e} (largest logit {report.largest_logit:.2f})"),
+            ("label agreement", f"{report.label_agreement:.6f} of voxels"),
+        ]
+    )

@@ -1,0 +1,70 @@
+"""`ctseg infer`: masks for CTs, each on its own grid and in its own format."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ctseg.commands.common import DeviceOption, JsonFlag, ModelOption, PrecisionOption, QuietFlag, emit
+from ctseg.errors import CasesFailed
+from ctseg.progress import make_progress
+from ctseg.report.tables import render_table
+from ctseg.workspace import resolve_model
+
+if TYPE_CHECKING:
+    from ctseg.engine.infer import Outcome
+
+
+def infer(
+    inputs: Annotated[
+        list[Path], typer.Argument(metavar="INPUT...", help="CT files, folders, or lists (.txt, .json).")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder of the masks.")],
+    model: ModelOption = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Redo masks that are already there.")] = False,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Segment CTs (NIfTI, NRRD, MHA): a uint8 mask on each input's own grid, in its own format."""
+    path = resolve_model(model)
+    from ctseg.engine.infer import FAILURES, find_jobs
+    from ctseg.engine.infer import infer as run
+    from ctseg.engine.model import load_model
+    from ctseg.engine.runtime import running
+
+    jobs = find_jobs(inputs, output)
+    with running(device, precision, amp=True) as runtime, make_progress(quiet) as progress:
+        loaded = load_model(path, runtime)
+        progress.note(f"model {path} on {runtime.describe()}")
+        outcomes = run(loaded, jobs, output, progress, overwrite=overwrite)
+    emit([dataclasses.asdict(o) for o in outcomes], _text(outcomes, path), as_json)
+    failed = [o for o in outcomes if o.status == "failed"]
+    if failed:
+        reasons = "".join(f"\n  {o.error}" for o in failed)
+        raise CasesFailed(f"{len(failed)} of {len(outcomes)} files failed, listed in {output / FAILURES}:{reasons}")
+
+
+def _text(outcomes: list[Outcome], model: Path) -> str:
+    structures = list(dict.fromkeys(name for o in outcomes for name in o.volumes_ml))
+    rows = [
+        (
+            o.image,
+            o.status,
+            o.mask if o.status != "failed" else None,
+            *(_rounded(o.volumes_ml.get(s)) for s in structures),
+        )
+        for o in outcomes
+    ]
+    counts = ", ".join(f"{n} {status}" for status, n in Counter(o.status for o in outcomes).items())
+    table = render_table(("image", "status", "mask", *(f"{s}_ml" for s in structures)), rows)
+    return f"model {model}\n\n{table}\n\n{counts}"
+
+
+def _rounded(value: float | None) -> str | None:
+    return None if value is None else f"{value:.1f}"

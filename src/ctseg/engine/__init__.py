@@ -1,0 +1,1 @@
+"""The shared engine: every command ends here."""

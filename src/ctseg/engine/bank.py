@@ -1,0 +1,186 @@
+"""The bank: prepared cases on disk, memory-mapped, or on the GPU when they fit.
+
+`prepare_bank` does the deterministic part of the recipe once per case: read, resample, window, crop to the body. A
+case is a folder of `.npy` files that can be memory-mapped; it is made again only when its image, its label or the
+recipe's preprocessing changes. Intensities are stored as float16: half the memory, and their rounding (2e-4 of the
+window) is below what mixed precision does to the network's input anyway.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ctseg.errors import CtsegError, ImageError, ManifestError, list_problems
+from ctseg.files import make_folder, output_errors
+from ctseg.io.images import read_image, read_labels
+from ctseg.manifest import Case
+from ctseg.preprocess import prepare, prepare_labels
+from ctseg.progress import Progress
+from ctseg.recipe import Preprocess, Recipe
+from ctseg.sampling import CaseArrays
+from ctseg.volume import Volume
+
+FORMAT = 1
+GPU_SHARE = 0.5
+"""The bank moves to the GPU when it needs at most this share of the free memory there."""
+
+
+@dataclass(frozen=True)
+class BankReport:
+    """What `prepare_bank` did: names of cases made now, cases that were ready, bytes of all."""
+
+    made: tuple[str, ...]
+    ready: tuple[str, ...]
+    folder: Path
+    num_bytes: int
+
+
+def bank_folder(root: Path, recipe: Recipe) -> Path:
+    """Where the recipe's prepared cases lie below `root`: one folder per recipe and preprocessing."""
+    text = json.dumps([FORMAT, asdict(recipe.preprocess), len(recipe.labels)], sort_keys=True)
+    return root / f"{recipe.slug}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def prepare_bank(cases: tuple[Case, ...], recipe: Recipe, root: Path, progress: Progress) -> BankReport:
+    """Prepares every labelled case that is not ready yet; a killed run goes on where it stopped.
+
+    Raises:
+        ManifestError: naming every case that cannot be prepared, after all others are done.
+    """
+    folder = make_folder(bank_folder(root, recipe))
+    made, ready, problems = [], [], []
+    progress.start(f"preparing {recipe.name}", len(cases))
+    for case in cases:
+        if _is_ready(folder / case.name, case):
+            ready.append(case.name)
+        else:
+            try:
+                _prepare_case(folder / case.name, case, recipe.preprocess, len(recipe.labels))
+                made.append(case.name)
+            except ImageError as error:
+                problems.append(f"{case.name}: {error}")
+        progress.advance(case.name)
+    progress.finish()
+    if problems:
+        raise ManifestError(list_problems("data set", problems))
+    num_bytes = sum(f.stat().st_size for name in made + ready for f in (folder / name).iterdir())
+    return BankReport(tuple(made), tuple(ready), folder, num_bytes)
+
+
+def open_bank(cases: tuple[Case, ...], folder: Path, device: torch.device) -> list[CaseArrays]:
+    """The prepared cases, in order: on a GPU when all fit into GPU_SHARE of its free memory, else memory-mapped."""
+    host = [_open_case(folder / case.name, case.name) for case in cases]
+    if device.type != "cuda":
+        return host
+    needed = sum(c.host_image.nbytes + c.host_label.nbytes for c in host)
+    free, _ = torch.cuda.mem_get_info(device)
+    return [_on_device(c, device) for c in host] if needed <= GPU_SHARE * free else host
+
+
+def read_case(case: Case) -> tuple[Volume, Volume]:
+    """The case's image and label, known to lie on one grid.
+
+    Raises:
+        ImageError: if either cannot be read or their grids differ.
+    """
+    if case.label is None:
+        raise ImageError(f"case '{case.name}' has no label")
+    image, labels = read_image(case.image), read_labels(case.label)
+    if not image.geometry.agrees_with(labels.geometry):
+        raise ImageError(
+            f"'{case.label}' does not lie on its image's grid: label {_grid(labels)}, image {_grid(image)}"
+        )
+    return image, labels
+
+
+def _grid(volume: Volume) -> str:
+    g = volume.geometry
+    spacing = "x".join(f"{s:.4g}" for s in g.spacing_mm)
+    origin = ", ".join(f"{o:.2f}" for o in g.origin_mm)
+    return f"{'x'.join(map(str, g.size))} voxels of {spacing} mm at ({origin}) {g.axis_codes}"
+
+
+def _fingerprint(case: Case) -> list[Any]:
+    files = [f for f in (case.image, case.label) if f is not None]
+    return [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+
+
+def _is_ready(folder: Path, case: Case) -> bool:
+    try:
+        return bool(json.loads((folder / "case.json").read_text())["source"] == _fingerprint(case))
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _prepare_case(folder: Path, case: Case, spec: Preprocess, num_labels: int) -> None:
+    source = _fingerprint(case)
+    image, labels = read_case(case)
+    highest = int(labels.array.max())
+    if highest > num_labels:
+        raise ImageError(f"'{case.label}': label value {highest}, but the recipe has values 1..{num_labels}")
+    image_XYZ = prepare(image, spec, torch.device("cpu")).image_XYZ.numpy()
+    label_XYZ = prepare_labels(labels, spec)
+    if spec.crop_foreground:
+        box = _foreground_box(image_XYZ)
+        image_XYZ, label_XYZ = image_XYZ[box], label_XYZ[box]
+    arrays: dict[str, NDArray[Any]] = {
+        "image": image_XYZ.astype(np.float16),
+        "label": label_XYZ,
+        "foreground": np.flatnonzero(label_XYZ).astype(np.int32),
+    }
+    _write_case(folder, arrays, {"source": source, "shape": list(image_XYZ.shape)})
+
+
+def _foreground_box(image_XYZ: NDArray[np.float32]) -> tuple[slice, ...]:
+    """The box of voxels above 0; the whole array if there is none."""
+    box = []
+    for axis in range(3):
+        hits = np.flatnonzero((image_XYZ > 0).any(axis=tuple(a for a in range(3) if a != axis)))
+        box.append(slice(int(hits[0]), int(hits[-1]) + 1) if len(hits) else slice(None))
+    return tuple(box)
+
+
+def _write_case(folder: Path, arrays: dict[str, NDArray[Any]], description: dict[str, Any]) -> None:
+    """All files of a case in a temporary folder, then one rename; `case.json` marks a whole case."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    with output_errors(folder):
+        try:
+            temporary.mkdir(parents=True)
+            for name, array in arrays.items():
+                np.save(temporary / f"{name}.npy", np.ascontiguousarray(array))
+            (temporary / "case.json").write_text(json.dumps(description))
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _open_case(folder: Path, name: str) -> CaseArrays:
+    try:
+        image, label, foreground = (_map_array(folder / f"{part}.npy") for part in ("image", "label", "foreground"))
+    except (OSError, ValueError, EOFError) as error:
+        raise CtsegError(f"prepared case '{folder}': cannot be read ({error}); delete it and prepare again") from error
+    return CaseArrays(name, torch.from_numpy(image), torch.from_numpy(label), image, label, foreground)
+
+
+def _map_array(path: Path) -> NDArray[Any]:
+    """The array memory-mapped copy-on-write (torch wants writable memory; the file itself is never changed)."""
+    array: NDArray[Any] = (
+        np.load(path, mmap_mode="c", allow_pickle=False) if path.stat().st_size > 128 else np.load(path)
+    )
+    return array
+
+
+def _on_device(case: CaseArrays, device: torch.device) -> CaseArrays:
+    image, label = case.image_XYZ.to(device), case.label_XYZ.to(device)
+    return CaseArrays(case.name, image, label, case.host_image, case.host_label, case.foreground)

@@ -1,0 +1,132 @@
+"""What this machine can do for ctseg, and what is wrong with it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+import ctseg
+from ctseg.engine.runtime import available_cpus, cpu_has_bfloat16
+
+LIBRARIES = ("torch", "monai", "SimpleITK", "nibabel", "isal", "numpy", "onnxruntime", "tensorboard")
+MIN_MEMORY_GB = 4.0
+MIN_DISK_GB = 5.0
+MIN_SHARED_MEMORY_GB = 0.5
+"""torch's processes exchange tensors there; containers often have 64 MB."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding: `level` is "ok", "warning" (works, but) or "error" (ctseg cannot work here)."""
+
+    name: str
+    level: str
+    value: str
+    advice: str = ""
+
+
+def examine() -> list[Check]:
+    """All findings, most basic first."""
+    return [
+        _system(),
+        *_libraries(),
+        _torch_release(),
+        _cpu(),
+        _bfloat16(),
+        _memory(),
+        *_gpus(),
+        _disk(),
+        _shared_memory(),
+    ]
+
+
+def _system() -> Check:
+    return Check(
+        "system", "ok", f"ctseg {ctseg.__version__}, Python {platform.python_version()}, {platform.platform()}"
+    )
+
+
+def _libraries() -> list[Check]:
+    checks = []
+    for name in LIBRARIES:
+        try:
+            checks.append(Check(name, "ok", importlib.metadata.version(name)))
+        except importlib.metadata.PackageNotFoundError:
+            checks.append(Check(name, "error", "not installed", f"pip install {name}"))
+    return checks
+
+
+def _torch_release() -> Check:
+    version = torch.__version__
+    if version.startswith("2.9."):
+        return Check(
+            "3D convolutions", "warning", f"torch {version}", "torch 2.9 is up to 4x slower here; use 2.10 or later"
+        )
+    return Check("3D convolutions", "ok", f"torch {version}")
+
+
+def _cpu() -> Check:
+    usable, present = available_cpus(), os.cpu_count() or 1
+    limited = f" of {present} (affinity, cgroup or Slurm limit)" if usable < present else ""
+    level = "warning" if usable < 2 else "ok"
+    return Check("CPUs", level, f"{usable}{limited}", "ask for at least 2" if usable < 2 else "")
+
+
+def _bfloat16() -> Check:
+    if cpu_has_bfloat16():
+        return Check("bfloat16 on CPU", "ok", "in hardware: --precision bfloat16 is faster here")
+    return Check("bfloat16 on CPU", "ok", "not in hardware: float32 is used")
+
+
+def _memory() -> Check:
+    total = psutil.virtual_memory().total
+    limit = _cgroup_memory_limit()
+    usable = min(total, limit) if limit else total
+    source = " (cgroup limit)" if limit and limit < total else ""
+    low = usable / 1e9 < MIN_MEMORY_GB
+    advice = f"a 512x512 CT may need {MIN_MEMORY_GB:g} GB" if low else ""
+    return Check("memory", "warning" if low else "ok", f"{usable / 1e9:.1f} GB{source}", advice)
+
+
+def _cgroup_memory_limit() -> int | None:
+    file = Path("/sys/fs/cgroup/memory.max")
+    text = file.read_text().strip() if file.is_file() else "max"
+    return int(text) if text.isdigit() else None
+
+
+def _gpus() -> list[Check]:
+    if not torch.cuda.is_available():
+        reason = "torch is a CPU build" if torch.version.cuda is None else "no usable CUDA device"
+        return [Check("GPU", "ok", f"none ({reason}): runs on the CPU")]
+    checks = []
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        name = torch.cuda.get_device_name(index)
+        checks.append(Check(f"GPU {index}", "ok", f"{name}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"))
+    return checks
+
+
+def _disk() -> Check:
+    free_gb = shutil.disk_usage(".").free / 1e9
+    writable = os.access(".", os.W_OK)
+    if not writable:
+        return Check("this folder", "warning", "not writable", "runs, prepared cases and masks are written below it")
+    low = free_gb < MIN_DISK_GB
+    advice = "prepared cases and checkpoints need room" if low else ""
+    return Check("disk here", "warning" if low else "ok", f"{free_gb:.0f} GB free", advice)
+
+
+def _shared_memory() -> Check:
+    if not Path("/dev/shm").is_dir():
+        return Check("/dev/shm", "ok", "not on this system")
+    size_gb = shutil.disk_usage("/dev/shm").total / 1e9
+    low = size_gb < MIN_SHARED_MEMORY_GB
+    advice = "several processes may fail: start the container with --shm-size 1g" if low else ""
+    return Check("/dev/shm", "warning" if low else "ok", f"{size_gb:.1f} GB", advice)

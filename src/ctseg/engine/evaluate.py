@@ -1,0 +1,148 @@
+"""Scores of a model on labelled cases: during training on the network's grid, afterwards on the label's own grid.
+
+Rules for what cannot be scored, the same everywhere:
+
+- No label, an unreadable file, or a label on another grid than its image: the case has failed. It is reported with
+  its reason, leaves the others alone, and makes the command exit with 1.
+- A label without a single voxel of a structure: Dice is undefined (None) there and left out of mean, sd and range;
+  the predicted volume is still reported, as it is all false positive.
+- An empty mask where the label has voxels: Dice is 0 and counts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ctseg.engine.bank import read_case
+from ctseg.engine.model import Model
+from ctseg.engine.predict import predict, scores_from_logits, window_logits
+from ctseg.errors import CtsegError
+from ctseg.manifest import Case
+from ctseg.metrics import dice, mean_or_none, sd_or_none
+from ctseg.progress import Progress
+from ctseg.sampling import CaseArrays
+
+
+@dataclass(frozen=True)
+class CaseScore:
+    """One structure of one case. `error` is empty unless the case failed; then there are no numbers."""
+
+    case: str
+    structure: str
+    dice: float | None
+    label_ml: float | None
+    mask_ml: float | None
+    seconds: float
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Dice of one structure over cases: how many counted, mean, sample standard deviation and range."""
+
+    structure: str
+    cases: int
+    failed: int
+    undefined: int
+    mean_dice: float | None
+    sd_dice: float | None
+    min_dice: float | None
+    max_dice: float | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Per-case scores and their summaries, one for each structure of the recipe."""
+
+    scores: tuple[CaseScore, ...]
+    summaries: tuple[Summary, ...]
+
+    @property
+    def failed(self) -> tuple[CaseScore, ...]:
+        """The failed cases, one entry for each."""
+        return tuple({s.case: s for s in self.scores if s.error}.values())
+
+    @property
+    def mean_dice(self) -> float | None:
+        """Mean over structures of their mean Dice."""
+        return mean_or_none([s.mean_dice for s in self.summaries if s.mean_dice is not None])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {"mean_dice": self.mean_dice, **dataclasses.asdict(self)}
+
+
+def evaluate(model: Model, cases: tuple[Case, ...], progress: Progress) -> Evaluation:
+    """Dice of every structure and case on the label's own native grid."""
+    scores: list[CaseScore] = []
+    progress.start(f"validating {model.recipe.name}", len(cases))
+    for case in cases:
+        scores.extend(score_case(model, case))
+        progress.advance(_detail(scores[-1]))
+    progress.finish()
+    structures = tuple(model.recipe.labels.values())
+    return Evaluation(tuple(scores), tuple(summarise(name, scores) for name in structures))
+
+
+def score_case(model: Model, case: Case) -> list[CaseScore]:
+    """The scores of one case, or one failed entry for each structure."""
+    started = time.perf_counter()
+    structures = {int(value): name for value, name in model.recipe.labels.items()}
+    try:
+        image, labels = read_case(case)
+        mask = predict(model, image)
+    except CtsegError as error:
+        seconds = time.perf_counter() - started
+        return [CaseScore(case.name, name, None, None, None, seconds, str(error)) for name in structures.values()]
+    voxel_ml = image.geometry.voxel_volume_ml
+    seconds = time.perf_counter() - started
+    return [
+        CaseScore(
+            case=case.name,
+            structure=name,
+            dice=dice(mask, labels.array, value),
+            label_ml=int((labels.array == value).sum()) * voxel_ml,
+            mask_ml=int((mask == value).sum()) * voxel_ml,
+            seconds=seconds,
+        )
+        for value, name in structures.items()
+    ]
+
+
+def summarise(structure: str, scores: list[CaseScore]) -> Summary:
+    """Mean, sd and range of one structure's defined Dice values."""
+    own = [s for s in scores if s.structure == structure]
+    values = [s.dice for s in own if s.dice is not None]
+    failed = sum(1 for s in own if s.error)
+    return Summary(
+        structure=structure,
+        cases=len(values),
+        failed=failed,
+        undefined=len(own) - failed - len(values),
+        mean_dice=mean_or_none(values),
+        sd_dice=sd_or_none(values),
+        min_dice=min(values, default=None),
+        max_dice=max(values, default=None),
+    )
+
+
+def bank_dice(model: Model, case: CaseArrays, overlap: float) -> list[float]:
+    """Dice of each structure of a prepared case on the network's grid; structures without a label are left out."""
+    inference = dataclasses.replace(model.recipe.inference, overlap=overlap)
+    image_XYZ = case.image_XYZ.to(model.runtime.device).float()
+    scores = scores_from_logits(window_logits(model, image_XYZ, inference))
+    mask = (scores[0] > 0) if len(scores) == 1 else scores.argmax(dim=0)
+    mask_array = mask.to(torch.uint8).cpu().numpy()
+    values = [dice(mask_array, case.host_label, int(value)) for value in model.recipe.labels]
+    return [value for value in values if value is not None]
+
+
+def _detail(score: CaseScore) -> str:
+    if score.error:
+        return f"{score.case}: failed"
+    return f"{score.case}: Dice {'undefined (empty label)' if score.dice is None else f'{score.dice:.4f}'}"

@@ -1,0 +1,143 @@
+"""Export to TorchScript and ONNX: the recipe inside the file, and proof that it gives the eager model's answer.
+
+The proof runs both on windows of real size cut from a made CT, prepared as the recipe says, and compares logits and
+the labels that follow from them. A file that is out of tolerance is not kept.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ctseg.engine.model import RECIPE_ENTRY, Forward, forward_of, load_model, load_network
+from ctseg.engine.predict import window_starts
+from ctseg.engine.runtime import Runtime
+from ctseg.errors import CtsegError, ModelError
+from ctseg.files import atomic_path, make_folder
+from ctseg.preprocess import prepare
+from ctseg.recipe import Recipe
+from ctseg.sampling import cut_patch
+from ctseg.sources.phantom import make_phantom
+
+SUFFIXES = {"torchscript": ".ts", "onnx": ".onnx"}
+ONNX_OPSET = 18
+TOLERANCE = 1e-3
+"""Largest difference between two logits, relative to the largest logit, that counts as the same answer."""
+MIN_AGREEMENT = 0.9999
+"""Least share of voxels that get the same label."""
+PROBE_WINDOWS = 2
+"""Windows that the proof compares: the first of the grid and the one in its middle."""
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written and how it compares with the eager model."""
+
+    path: Path
+    format: str
+    opset: int | None
+    input_shape: tuple[int, ...]
+    windows: int
+    largest_logit: float
+    largest_difference: float
+    label_agreement: float
+
+
+def export(checkpoint: Path, file_format: str, output: Path, runtime: Runtime) -> ExportReport:
+    """Writes the checkpoint's network to `output` and proves it equal to the eager one.
+
+    Raises:
+        CtsegError: if the format is unknown.
+        ModelError: if the checkpoint cannot be read or the exported file's answer is out of tolerance.
+    """
+    if file_format not in SUFFIXES:
+        raise CtsegError(f"format '{file_format}': expected one of {', '.join(SUFFIXES)}")
+    if output.suffix != SUFFIXES[file_format]:
+        raise CtsegError(f"output '{output}': a {file_format} file must end in {SUFFIXES[file_format]}")
+    recipe, network = load_network(checkpoint)
+    network.eval()
+    make_folder(output.parent)
+    example = torch.zeros((1, 1, *recipe.inference.window_size))
+    with atomic_path(output) as temporary:
+        staged = temporary.with_suffix(SUFFIXES[file_format])  # readers go by the suffix
+        try:
+            writer = _write_torchscript if file_format == "torchscript" else _write_onnx
+            writer(network, example, recipe, staged)
+            report = _compare(forward_of(network, runtime), staged, recipe, runtime, file_format)
+            staged.rename(temporary)
+        finally:
+            staged.unlink(missing_ok=True)
+    return ExportReport(path=output, format=file_format, input_shape=tuple(example.shape), **report)
+
+
+def _write_torchscript(network: nn.Module, example: Tensor, recipe: Recipe, path: Path) -> None:
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is frozen, not gone; its notice is for developers
+        traced = torch.jit.trace(network, example)  # type: ignore[no-untyped-call]
+        torch.jit.save(traced, str(path), _extra_files={RECIPE_ENTRY: json.dumps(recipe.to_dict())})  # type: ignore[no-untyped-call]
+
+
+def _write_onnx(network: nn.Module, example: Tensor, recipe: Recipe, path: Path) -> None:
+    import onnx
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's notices are for developers
+        program = torch.onnx.export(
+            network,
+            (example,),
+            input_names=["image"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            opset_version=ONNX_OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None  # it is, with dynamo=True
+    model = program.model_proto
+    entry = model.metadata_props.add()
+    entry.key, entry.value = RECIPE_ENTRY, json.dumps(recipe.to_dict())
+    onnx.save_model(model, str(path))
+
+
+def _compare(eager: Forward, path: Path, recipe: Recipe, runtime: Runtime, file_format: str) -> dict[str, Any]:
+    """The measured fields of an ExportReport."""
+    exported = load_model(path, runtime).forward
+    windows = _probe_windows(recipe, runtime)
+    largest, difference, agreeing, voxels = 0.0, 0.0, 0, 0
+    for window in windows:
+        wanted, got = eager(window[None, None]), exported(window[None, None])
+        largest = max(largest, float(wanted.abs().max()))
+        difference = max(difference, float((wanted - got).abs().max()))
+        agreeing += int((wanted.argmax(1) == got.argmax(1)).sum())
+        voxels += window.numel()
+    agreement = agreeing / voxels
+    if not (difference <= TOLERANCE * largest and agreement >= MIN_AGREEMENT):
+        raise ModelError(
+            f"export to {file_format}: differs from the eager model by {difference:.3g} (largest logit {largest:.3g}, "
+            f"tolerance {TOLERANCE:g} of it), labels agree in {agreement:.6f} of voxels (at least {MIN_AGREEMENT}); "
+            f"the file was not kept"
+        )
+    return {
+        "opset": ONNX_OPSET if file_format == "onnx" else None,
+        "windows": len(windows),
+        "largest_logit": largest,
+        "largest_difference": difference,
+        "label_agreement": agreement,
+    }
+
+
+def _probe_windows(recipe: Recipe, runtime: Runtime) -> list[Tensor]:
+    """Windows of a made CT, prepared as the recipe says: the first of the grid and the one in its middle."""
+    image_XYZ = prepare(make_phantom(seed=0, index=0).image, recipe.preprocess, runtime.device).image_XYZ
+    size = recipe.inference.window_size
+    shape = tuple(int(n) for n in np.maximum(image_XYZ.shape, size))
+    starts = list(window_starts((shape[0], shape[1], shape[2]), size, recipe.inference.overlap))
+    chosen = [starts[0], starts[len(starts) // 2]]
+    return [cut_patch(image_XYZ, start, size) for start in chosen]

@@ -1,0 +1,266 @@
+"""Training: patches -> network -> loss -> step, validation every interval, a checkpoint every epoch.
+
+Everything random is a function of the seed and the place in the training (see `sampling`), and everything else that
+training goes on from stands in the checkpoint. So a run that was killed at any moment and resumed ends with the same
+weights, bit for bit on a CPU, as one that was not.
+
+With several processes a step's patches are dealt out by rank and gradients are averaged by their share: the batch of
+the recipe is the batch of all processes together. Statistics of batch normalisation and the Dice term's sums are
+taken over each process's own patches (over all on CUDA for batch normalisation).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ctseg.engine.checkpoint import BEST, LAST, read_checkpoint, save_checkpoint
+from ctseg.engine.evaluate import bank_dice
+from ctseg.engine.model import Model, forward_of
+from ctseg.engine.record import Recorder
+from ctseg.engine.runtime import Runtime
+from ctseg.errors import CtsegError, ModelError, Stopped
+from ctseg.metrics import mean_or_none
+from ctseg.networks import network_for
+from ctseg.objectives import build_loss, build_optimizer
+from ctseg.progress import Progress
+from ctseg.recipe import Recipe
+from ctseg.sampling import NETWORK, CaseArrays, Draw, cut_batch, draw_step, epoch_batches, generator
+
+Row = dict[str, Any]
+"""One epoch of the log: epoch, loss, mean_dice (None when not validated), lr."""
+
+
+@dataclass(eq=False)
+class Trainer:
+    """All that changes while training, and what it changes with."""
+
+    recipe: Recipe
+    runtime: Runtime
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    epoch: int = 0
+    """Epochs done."""
+    step: int = 0
+    """Steps done in the running epoch."""
+    losses: list[float] = field(default_factory=list)
+    """Mean loss of each step done in the running epoch."""
+    history: list[Row] = field(default_factory=list)
+
+    @classmethod
+    def fresh(cls, recipe: Recipe, runtime: Runtime) -> Trainer:
+        """A training at its first step; the weights follow from the recipe's seed."""
+        torch.manual_seed(recipe.training.seed)
+        network = network_for(recipe).to(runtime.device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        if runtime.world_size > 1 and runtime.device.type == "cuda":
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
+        scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.amp_dtype is torch.float16)
+        return cls(recipe, runtime, network, build_optimizer(recipe.optimizer, network.parameters()), scaler)
+
+    @property
+    def best(self) -> Row | None:
+        """The epoch with the highest validation Dice, the first of equals."""
+        validated = [row for row in self.history if row["mean_dice"] is not None]
+        return max(validated, key=lambda row: row["mean_dice"], default=None)
+
+    def save(self, run: Path) -> None:
+        """Writes the checkpoint to go on from."""
+        content = {
+            "recipe": self.recipe.to_dict(),
+            "model": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "losses": self.losses,
+            "history": self.history,
+        }
+        save_checkpoint(run / LAST, content)
+
+    def save_best(self, run: Path, row: Row) -> None:
+        """Writes the weights of the best epoch so far."""
+        content = {"recipe": self.recipe.to_dict(), "model": self.network.state_dict(), **row}
+        save_checkpoint(run / BEST, content)
+
+    def load(self, run: Path) -> None:
+        """Goes to where `save` left off; stays at the start if it never came to that.
+
+        Raises:
+            ModelError: if the checkpoint is damaged or belongs to another recipe.
+        """
+        if not (run / LAST).exists():
+            return
+        content = read_checkpoint(run / LAST, self.runtime.device)
+        if content.get("recipe") != self.recipe.to_dict():
+            raise ModelError(f"checkpoint '{run / LAST}': written by another recipe than this run's")
+        try:
+            self.network.load_state_dict(content["model"])
+            self.optimizer.load_state_dict(content["optimizer"])
+            self.scaler.load_state_dict(content["scaler"])
+            self.epoch, self.step = content["epoch"], content["step"]
+            self.losses, self.history = content["losses"], content["history"]
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise ModelError(f"checkpoint '{run / LAST}': incomplete or damaged") from error
+
+
+def fit(
+    trainer: Trainer,
+    training: list[CaseArrays],
+    validation: list[CaseArrays],
+    run: Path,
+    progress: Progress,
+    stop_requested: Callable[[], bool],
+) -> Row | None:
+    """Trains to the recipe's last epoch and returns the best validated epoch, or None if none was validated.
+
+    Args:
+        trainer: Fresh, or loaded from `run`.
+        training, validation: Prepared cases; validation may be empty.
+        run: Folder for checkpoints and logs; only the main process writes.
+        progress: Told of every epoch.
+        stop_requested: Asked after every step; once true, the state is saved and Stopped is raised.
+
+    Raises:
+        CtsegError: if the loss is no longer finite.
+        Stopped: after a stop request.
+    """
+    epochs = trainer.recipe.training.epochs
+    recorder = Recorder(run, trainer.recipe, trainer.epoch) if trainer.runtime.is_main else None
+    model = Model(trainer.recipe, forward_of(trainer.network, trainer.runtime), trainer.runtime, run, "")
+    stepper = _Stepper(trainer, training)
+    progress.start(f"training {trainer.recipe.name}", epochs - trainer.epoch)
+    try:
+        while trainer.epoch < epochs:
+            stepper.run_epoch(run, stop_requested)
+            row = _finish_epoch(trainer, model, validation, progress)
+            if recorder:
+                _keep(trainer, row, run, recorder)
+            progress.advance(_detail(row, trainer.best))
+        if recorder:
+            recorder.draw(trainer.history)
+        trainer.runtime.wait_for_all()
+    finally:
+        if recorder:
+            recorder.close()
+    progress.finish()
+    return trainer.best
+
+
+class _Stepper:
+    """Runs the optimisation steps of an epoch."""
+
+    def __init__(self, trainer: Trainer, cases: list[CaseArrays]) -> None:
+        self.trainer = trainer
+        self.cases = cases
+        self.loss = build_loss(trainer.recipe.objective)
+        distributed = trainer.runtime.world_size > 1
+        self.network: nn.Module = DistributedDataParallel(trainer.network) if distributed else trainer.network
+
+    def run_epoch(self, run: Path, stop_requested: Callable[[], bool]) -> None:
+        """The epoch's remaining steps; afterwards `trainer.losses` holds one value for each of its steps."""
+        trainer, training = self.trainer, self.trainer.recipe.training
+        lr = trainer.recipe.optimizer.lr * training.lr_gamma ** (trainer.epoch // training.lr_step_epochs)
+        for group in trainer.optimizer.param_groups:
+            group["lr"] = lr
+        batches = epoch_batches(len(self.cases), training.batch_cases, training.seed, trainer.epoch)
+        self.network.train()
+        losses: list[Tensor] = []
+        for batch in batches[trainer.step :]:
+            losses.append(self._step(batch))
+            trainer.step += 1
+            if trainer.runtime.any_process(stop_requested()):
+                self._collect(losses)
+                self._stop(run)
+        self._collect(losses)
+
+    def _collect(self, losses: list[Tensor]) -> None:
+        """One wait for the device per epoch, not one per step."""
+        self.trainer.losses.extend(torch.stack(losses).tolist() if losses else [])
+
+    def _stop(self, run: Path) -> None:
+        trainer = self.trainer
+        if trainer.runtime.is_main:
+            trainer.save(run)
+        trainer.runtime.wait_for_all()
+        raise Stopped(
+            f"stopped by a signal in epoch {trainer.epoch + 1} after step {trainer.step}; "
+            f"go on with: ctseg train {trainer.recipe.name} --resume --output {run}"
+        )
+
+    def _step(self, batch: list[int]) -> Tensor:
+        trainer, recipe, runtime = self.trainer, self.trainer.recipe, self.trainer.runtime
+        seed = recipe.training.seed
+        draws = draw_step(self.cases, batch, recipe.sampling, recipe.augmentation, seed, trainer.epoch)
+        mine, share = _deal(draws, runtime)
+        torch.manual_seed(int(generator(seed, NETWORK, trainer.epoch, trainer.step, runtime.rank).integers(2**31)))
+        image_B1XYZ, label_B1XYZ = cut_batch(self.cases, mine, recipe.sampling, runtime.device)
+        with runtime.autocast():
+            logits = self.network(image_B1XYZ.contiguous(memory_format=torch.channels_last_3d))
+        loss = self.loss(logits.float(), label_B1XYZ)
+        trainer.optimizer.zero_grad(set_to_none=True)
+        trainer.scaler.scale(loss * share).backward()  # type: ignore[no-untyped-call]
+        trainer.scaler.step(trainer.optimizer)
+        trainer.scaler.update()
+        return loss.detach()
+
+
+def _deal(draws: list[Draw], runtime: Runtime) -> tuple[list[Draw], float]:
+    """This process's patches, and the weight that makes the mean over processes the mean over all patches."""
+    mine = draws[runtime.rank :: runtime.world_size]
+    if not mine:
+        raise CtsegError(
+            f"{runtime.world_size} processes, but a step has only {len(draws)} patches; use fewer, "
+            f"or raise training.batch_cases or sampling.patches_per_case"
+        )
+    return mine, len(mine) * runtime.world_size / len(draws)
+
+
+def _finish_epoch(trainer: Trainer, model: Model, validation: list[CaseArrays], progress: Progress) -> Row:
+    """Closes the epoch: checks the loss, validates if it is time, appends the row to the history."""
+    training = trainer.recipe.training
+    every_loss = trainer.runtime.gather(trainer.losses)
+    loss = sum(map(sum, every_loss)) / sum(map(len, every_loss))
+    if not math.isfinite(loss):
+        raise CtsegError(f"training diverged: the loss of epoch {trainer.epoch + 1} is {loss}; lower optimizer.lr")
+    trainer.epoch, trainer.step, trainer.losses = trainer.epoch + 1, 0, []
+    due = trainer.epoch % training.validation_interval_epochs == 0 or trainer.epoch == training.epochs
+    mean_dice = _validate(trainer, model, validation, progress) if due and validation else None
+    lr = float(trainer.optimizer.param_groups[0]["lr"])
+    row = {"epoch": trainer.epoch, "loss": loss, "mean_dice": mean_dice, "lr": lr}
+    trainer.history.append(row)
+    return row
+
+
+def _validate(trainer: Trainer, model: Model, cases: list[CaseArrays], progress: Progress) -> float | None:
+    """Mean Dice over all cases; each process takes its share of them, each case is counted once."""
+    runtime = trainer.runtime
+    mine = cases[runtime.rank :: runtime.world_size]
+    trainer.network.eval()
+    progress.start("validating", len(mine))
+    values = []
+    for case in mine:
+        values.extend(bank_dice(model, case, trainer.recipe.training.validation_overlap))
+        progress.advance(case.name)
+    progress.finish()
+    return mean_or_none([value for share in runtime.gather(values) for value in share])
+
+
+def _keep(trainer: Trainer, row: Row, run: Path, recorder: Recorder) -> None:
+    """Best weights first, then the checkpoint: killed in between, the epoch is repeated and gives the same."""
+    if row is trainer.best:
+        trainer.save_best(run, row)
+    trainer.save(run)
+    recorder.write(trainer.history)
+
+
+def _detail(row: Row, best: Row | None) -> str:
+    scored = "" if row["mean_dice"] is None else f"  validation Dice {row['mean_dice']:.4f}"
+    return f"loss {row['loss']:.4f}{scored}" + (f"  best {best['mean_dice']:.4f}" if best else "")

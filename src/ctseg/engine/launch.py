@@ -1,0 +1,57 @@
+"""Starts the same command once per GPU through torch elastic; each copy then joins the others' process group."""
+
+from __future__ import annotations
+
+import os
+import sys
+import uuid
+
+import torch
+
+from ctseg.errors import CtsegError, DeviceError, Stopped
+
+
+def is_launched() -> bool:
+    """True in a process that torchrun, Slurm's torchrun or `launch` started as one of several."""
+    return all(name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+
+
+def check_gpus(number: int, device: str) -> None:
+    """Raises DeviceError unless `number` GPUs are here or the run is on the CPU."""
+    if device == "cpu":
+        return
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if number > count:
+        raise DeviceError(f"--gpus {number}: {count} CUDA GPU(s) here; use fewer, or --device cpu")
+
+
+def launch(number: int, arguments: list[str]) -> None:
+    """Runs `python -m ctseg ARGUMENTS` in `number` processes on this machine; returns when all are done.
+
+    Raises:
+        Stopped: if a signal stopped them at a point they can resume from.
+        CtsegError: if one failed; it has told its own error, and the others were ended.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=number,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "ctseg", *arguments)
+    except SignalException as error:
+        raise Stopped("stopped by a signal; every process has saved its state, go on with --resume") from error
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode == Stopped.exit_code:
+            raise Stopped("stopped by a signal; go on with --resume") from error
+        message = f"process {rank + 1} of {number} failed with exit code {failure.exitcode}; its error is above"
+        raise CtsegError(message) from error

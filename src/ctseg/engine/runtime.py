@@ -1,0 +1,201 @@
+"""The machine under a run: device, precision, processes, threads, memory allocator. Nothing else knows of them."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import distributed
+
+from ctseg.errors import DeviceError
+
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+COLLECTIVE_TIMEOUT = timedelta(hours=1)
+"""How long a process waits for the others: one may validate a large case alone."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and how tensors are computed, and this process's place among its peers."""
+
+    device: torch.device
+    amp_dtype: torch.dtype | None
+    """Type of mixed precision, None for plain float32."""
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """True in the one process that writes and prints."""
+        return self.rank == 0
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context in which the network runs."""
+        return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
+
+    def any_process(self, flag: bool) -> bool:
+        """True in every process as soon as it is true in one."""
+        if self.world_size == 1:
+            return flag
+        value = torch.tensor(float(flag), device=self.device)
+        distributed.all_reduce(value, op=distributed.ReduceOp.MAX)
+        return bool(value.item())
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's `value`, in order of rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        distributed.all_gather_object(values, value)
+        return values
+
+    def wait_for_all(self) -> None:
+        """Returns once every process is here."""
+        if self.world_size > 1:
+            distributed.barrier()
+
+    def describe(self) -> str:
+        """One line for logs."""
+        name = (
+            torch.cuda.get_device_name(self.device)
+            if self.device.type == "cuda"
+            else f"{torch.get_num_threads()} threads"
+        )
+        precision = "float32" if self.amp_dtype is None else str(self.amp_dtype).removeprefix("torch.")
+        processes = f", process {self.rank + 1} of {self.world_size}" if self.world_size > 1 else ""
+        return f"{self.device} ({name}), {precision}{processes}"
+
+
+def start_runtime(device: str = "auto", precision: str = "auto", *, amp: bool = False) -> Runtime:
+    """The runtime for this process: threads and allocator set, process group joined if launched as one of several.
+
+    Args:
+        device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N".
+        precision: One of PRECISIONS. "auto" is float16 on CUDA when `amp`, float32 otherwise.
+        amp: Whether the recipe wants mixed precision on CUDA.
+
+    Raises:
+        DeviceError: if the device or precision is not to be had here.
+    """
+    tune_allocator()
+    torch.set_num_threads(max(1, available_cpus() // local_world_size()))
+    chosen = _choose_device(device)
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1 and not distributed.is_initialized():
+        if chosen.type == "cuda":
+            torch.cuda.set_device(chosen)
+        distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
+    return Runtime(chosen, _choose_precision(precision, chosen, amp), rank, world_size)
+
+
+@contextmanager
+def running(device: str = "auto", precision: str = "auto", *, amp: bool = False) -> Iterator[Runtime]:
+    """`start_runtime`, and the process group left again at the end."""
+    try:
+        yield start_runtime(device, precision, amp=amp)
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
+def _choose_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise DeviceError(f"device '{name}': expected auto, cpu, cuda or cuda:N") from error
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda":
+        raise DeviceError(f"device '{name}': ctseg runs on cpu and cuda")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    index = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", 0))
+    if index >= count:
+        raise DeviceError(f"device 'cuda:{index}': {count} CUDA GPU(s) here; use --device cpu or a free GPU's number")
+    return torch.device("cuda", index)
+
+
+def _choose_precision(name: str, device: torch.device, amp: bool) -> torch.dtype | None:
+    if name not in PRECISIONS:
+        raise DeviceError(f"precision '{name}': expected one of {', '.join(PRECISIONS)}")
+    if name == "auto":
+        return torch.float16 if amp and device.type == "cuda" else None
+    if name == "float16" and device.type == "cpu":
+        raise DeviceError("precision 'float16': not on a CPU; use bfloat16 or float32")
+    if name == "bfloat16" and device.type == "cpu" and not cpu_has_bfloat16():
+        raise DeviceError(
+            "precision 'bfloat16': this CPU lacks bfloat16 arithmetic, it would be far slower; use float32"
+        )
+    return None if name == "float32" else getattr(torch, name)
+
+
+def cpu_has_bfloat16() -> bool:
+    """True where the CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX); elsewhere it is about 50x slower."""
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+
+
+def available_cpus() -> int:
+    """CPUs this process may use: affinity, cgroup quota and Slurm's share, whichever is smallest."""
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    limits = [affinity]
+    if os.environ.get("SLURM_CPUS_PER_TASK", "").isdigit():
+        limits.append(int(os.environ["SLURM_CPUS_PER_TASK"]))
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    if quota.is_file():
+        allowed, _, period = quota.read_text().partition(" ")
+        if allowed.isdigit():
+            limits.append(int(allowed) // int(period))
+    return max(1, min(limits))
+
+
+def local_world_size() -> int:
+    """Processes of this run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def tune_allocator() -> None:
+    """Keeps glibc from giving large tensors back to the kernel between layers.
+
+    Otherwise every layer's output is fresh memory and its page faults cost as much as the arithmetic in float32.
+    Linux with glibc only; elsewhere nothing happens.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    libc = ctypes.CDLL(None)
+    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 64 * 2**20)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+        libc.mallopt(option, value)
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[Callable[[], bool]]:
+    """A function that says whether SIGTERM, SIGINT or SIGUSR1 has come; a second SIGINT interrupts at once."""
+    stopping = threading.Event()
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT and stopping.is_set():
+            raise KeyboardInterrupt
+        stopping.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stopping.is_set
+        return
+    previous = {number: signal.signal(number, handle) for number in STOP_SIGNALS}
+    try:
+        yield stopping.is_set
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

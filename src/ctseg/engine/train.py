@@ -1,0 +1,90 @@
+"""A whole training: cases -> bank -> fit, in a run folder, on one process or several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ctseg.engine.bank import bank_folder, open_bank, prepare_bank
+from ctseg.engine.checkpoint import BEST, LAST
+from ctseg.engine.fit import Trainer, fit
+from ctseg.engine.runtime import Runtime
+from ctseg.errors import CtsegError
+from ctseg.manifest import Case, Manifest, check_files, read_manifest
+from ctseg.progress import Progress
+from ctseg.recipe import Recipe
+from ctseg.workspace import DATA_FILE, PREPARED, start_run
+
+FindData = Callable[[Progress], Manifest]
+"""Finds (or makes) the cases; asked only in the main process and only for a new run."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training ended with."""
+
+    run: Path
+    checkpoint: Path
+    epochs: int
+    loss: float
+    best_epoch: int | None
+    best_mean_dice: float | None
+
+
+def train(
+    recipe: Recipe,
+    run: Path,
+    find_data: FindData | None,
+    runtime: Runtime,
+    progress: Progress,
+    prepared: Path = PREPARED,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> TrainResult:
+    """Trains `recipe` in `run` to its last epoch; `find_data` None resumes the run that lies there.
+
+    Raises:
+        CtsegError: if the data, the run folder or the machine does not allow it.
+        Stopped: after a stop request, with everything saved.
+    """
+    problem = None
+    if runtime.is_main:
+        try:
+            _set_up(recipe, run, find_data, prepared, progress)
+        except CtsegError as error:
+            problem = error
+    problems = runtime.gather(str(problem) if problem else None)
+    if problem:
+        raise problem
+    if problems[0]:
+        raise CtsegError(f"the main process could not set up the run: {problems[0]}")
+    manifest = read_manifest(run / DATA_FILE)
+    folder = bank_folder(prepared, recipe)
+    training = open_bank(manifest.split("training"), folder, runtime.device)
+    validation = open_bank(_validation_cases(manifest), folder, runtime.device)
+    trainer = Trainer.fresh(recipe, runtime)
+    trainer.load(run)
+    best = fit(trainer, training, validation, run, progress, stop_requested)
+    return TrainResult(
+        run=run,
+        checkpoint=run / (BEST if best else LAST),
+        epochs=trainer.epoch,
+        loss=trainer.history[-1]["loss"],
+        best_epoch=best["epoch"] if best else None,
+        best_mean_dice=best["mean_dice"] if best else None,
+    )
+
+
+def _set_up(recipe: Recipe, run: Path, find_data: FindData | None, prepared: Path, progress: Progress) -> None:
+    """The main process's part before the others may go on: run folder and prepared cases."""
+    if find_data is not None:
+        manifest = find_data(progress)
+        manifest.split("training")
+        start_run(run, recipe, manifest)
+    manifest = check_files(read_manifest(run / DATA_FILE))
+    prepare_bank(manifest.split("training") + _validation_cases(manifest), recipe, prepared, progress)
+
+
+def _validation_cases(manifest: Manifest) -> tuple[Case, ...]:
+    """The cases scored during training; there may be none."""
+    return tuple(case for case in manifest.cases if case.split == "validation")

@@ -1,0 +1,208 @@
+"""Reading CT and labels, writing labels: what every format has in common.
+
+A file is trusted only when its header obeys every rule, its voxels are whole and its checksum is right. Nothing is
+allocated before the header has passed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ctseg.errors import ImageError, OutputError
+from ctseg.files import atomic_path
+from ctseg.io import Header, itk, nifti, read_array
+from ctseg.manifest import IMAGE_SUFFIXES
+from ctseg.volume import Geometry, Volume
+
+SHEAR_TOLERANCE = 1e-3
+"""Largest element of direction^T direction - I for axes that count as being at right angles."""
+
+_READERS: dict[str, Callable[[Path], Header]] = {
+    ".nii.gz": nifti.read_header,
+    ".nii": nifti.read_header,
+    ".nrrd": itk.read_nrrd_header,
+    ".mha": itk.read_mha_header,
+}
+_WRITERS: dict[str, Callable[[Path, NDArray[np.uint8], Geometry], None]] = {
+    ".nii.gz": partial(nifti.write, compressed=True),
+    ".nii": partial(nifti.write, compressed=False),
+    ".nrrd": itk.write_nrrd,
+    ".mha": itk.write_mha,
+}
+_OTHER_SUFFIXES = {
+    **dict.fromkeys((".hdr", ".img", ".hdr.gz", ".img.gz"), "a .hdr/.img pair; convert it to .nii.gz"),
+    ".nhdr": "a header without its voxels; convert it to .nrrd",
+    ".mhd": "a header without its voxels; convert it to .mha",
+    ".dcm": "one DICOM slice; give the folder of its series",
+}
+
+
+def read_image(path: Path) -> Volume:
+    """The CT in a file: Hounsfield units, as the stored integers where scaling allows, else float32.
+
+    Raises:
+        ImageError: if the file cannot be trusted or is not a CT; the message names every broken rule of its header.
+    """
+    volume = _read(path)
+    check_ct(volume, path)
+    return volume
+
+
+def read_labels(path: Path) -> Volume:
+    """The label map in a file, as uint8; floats are accepted where every one is a whole number.
+
+    Raises:
+        ImageError: if the file cannot be trusted or a value is not a whole number in 0..255.
+    """
+    volume = _read(path)
+    array = volume.array
+    if array.dtype == np.uint8:
+        return volume
+    with np.errstate(invalid="ignore"):
+        labels = array.astype(np.uint8)
+        wrong = np.not_equal(labels, array)
+    if wrong.any():
+        raise ImageError(
+            f"cannot read '{path}': labels must be whole numbers in 0..255, got {np.count_nonzero(wrong)} voxels that "
+            f"are not, the first is {array.T[wrong.T][0]}; is this the label map?"
+        )
+    return Volume(labels, volume.geometry)
+
+
+def read_geometry(path: Path) -> Geometry:
+    """The grid of the volume in a file; only the header is read and checked.
+
+    Raises:
+        ImageError: as `read_image`, for what the header shows.
+    """
+    with _read_errors(path):
+        return _read_header(path).geometry
+
+
+def write_labels(path: Path, labels: NDArray[np.uint8], geometry: Geometry) -> None:
+    """Writes a label map on the grid `geometry`, in the format of the suffix of `path`; whole or not at all.
+
+    Nothing but the grid and the voxels is written: no names, dates or descriptions.
+
+    Raises:
+        OutputError: if the suffix is unknown or the file cannot be written.
+        ValueError: if `labels` is not uint8 or not of the size of `geometry`.
+    """
+    if labels.dtype != np.uint8 or labels.shape != geometry.size:
+        raise ValueError(f"labels must be uint8 of size {geometry.size}, got {labels.dtype} of {labels.shape}")
+    suffix = _suffix(path)
+    if suffix not in _WRITERS:
+        raise OutputError(f"cannot write '{path}': its suffix must be one of {', '.join(IMAGE_SUFFIXES)}; rename it")
+    with atomic_path(path) as temporary:
+        _WRITERS[suffix](temporary, labels, geometry)
+
+
+def check_ct(volume: Volume, path: Path) -> None:
+    """Passes if every voxel is a number and not all are the same.
+
+    Raises:
+        ImageError: naming `path`, if the volume cannot be a CT.
+    """
+    array = volume.array
+    with np.errstate(invalid="ignore"):
+        low, high = array.min(), array.max()
+    if not (np.isfinite(low) and np.isfinite(high)):
+        bad = array.size - np.count_nonzero(np.isfinite(array))
+        raise ImageError(
+            f"cannot read '{path}': every voxel must be a number, got {bad} NaN or infinite; export it again"
+        )
+    if low == high:
+        raise ImageError(f"cannot read '{path}': every voxel is {low}: not a CT; is this the right file?")
+
+
+def grid_problems(geometry: Geometry) -> list[str]:
+    """A line for each rule the grid breaks: finite, positive spacing, right angles. Left-handed is fine."""
+    if not np.isfinite(geometry.affine).all():
+        return ["the affine must be finite, got NaN or infinity; the header is damaged"]
+    spacing_mm = np.array(geometry.spacing_mm)
+    if not ((spacing_mm > 0) & np.isfinite(spacing_mm)).all():
+        return [f"spacing must be positive, got {' x '.join(map(str, spacing_mm))} mm; the header is damaged"]
+    direction = geometry.direction
+    shear = float(np.abs(direction.T @ direction - np.eye(3)).max())
+    if not shear <= SHEAR_TOLERANCE:
+        return [
+            f"axes must be at right angles, got a shear of {shear:.3g} (at most {SHEAR_TOLERANCE}); resample it first"
+        ]
+    return []
+
+
+def _read(path: Path) -> Volume:
+    with _read_errors(path):
+        header = _read_header(path)
+        array = read_array(path, header)
+        return Volume(_scaled(array, header.slope, header.intercept), header.geometry)
+
+
+def _read_header(path: Path) -> Header:
+    suffix = _suffix(path)
+    if suffix not in _READERS:
+        what = _OTHER_SUFFIXES.get(suffix)
+        reason = f"'{suffix}' is {what}" if what else "its suffix is unknown; convert it"
+        raise ImageError(f"{reason} (known: {', '.join(IMAGE_SUFFIXES)})")
+    if path.exists() and not path.is_file():
+        raise ImageError(f"it must be a file, got a {'folder' if path.is_dir() else 'device or pipe'}; name one image")
+    if path.stat().st_size == 0:
+        raise ImageError("the file is empty; copy it again from its source")
+    header = _READERS[suffix](path)
+    problems = [*header.problems, *grid_problems(header.geometry)]
+    if problems:
+        raise ImageError("; ".join(problems))
+    return header
+
+
+def _suffix(path: Path) -> str:
+    """The known suffix a name ends in, else whatever follows its last dot; lower case."""
+    name = path.name.lower()
+    known = (*IMAGE_SUFFIXES, *_OTHER_SUFFIXES)
+    return next((suffix for suffix in known if name.endswith(suffix)), path.suffix.lower())
+
+
+@contextmanager
+def _read_errors(path: Path) -> Iterator[None]:
+    """Turns what reading can meet into an ImageError that names `path`; numpy is silent about NaN in headers."""
+    try:
+        with np.errstate(all="ignore"):
+            yield
+    except ImageError as error:
+        raise ImageError(f"cannot read '{path}': {error}") from error
+    except OSError as error:
+        raise ImageError(
+            f"cannot read '{path}': {error.strerror or error}; check the path and its permissions"
+        ) from error
+    except MemoryError as error:
+        raise ImageError(f"cannot read '{path}': not enough memory for its voxels; free some or crop it") from error
+
+
+def _scaled(array: NDArray[Any], slope: float, intercept: float) -> NDArray[Any]:
+    """Array x slope + intercept: integers where slope is 1 and the intercept whole, if the sums fit; else float32."""
+    if (slope, intercept) == (1.0, 0.0):
+        return array
+    if slope == 1.0 and intercept.is_integer() and np.issubdtype(array.dtype, np.integer):
+        low, high = (int(value) + int(intercept) for value in (array.min(), array.max()))
+        for dtype in (array.dtype, np.dtype(np.int16), np.dtype(np.int32)):
+            if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max:
+                return _shifted(array, int(intercept), dtype)
+    scaled = array.astype(np.float32, copy=False)
+    scaled *= np.float32(slope)
+    scaled += np.float32(intercept)
+    return scaled
+
+
+def _shifted(array: NDArray[Any], intercept: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Integers plus `intercept` as `dtype`, in place where the width allows; wrapping is exact if the sums fit."""
+    shifted = array.view(dtype) if dtype.itemsize == array.dtype.itemsize else array.astype(dtype)
+    wrap = 2 ** (8 * dtype.itemsize)
+    shifted += np.array(intercept % wrap, dtype=np.uint64).astype(dtype)
+    return shifted

@@ -1,0 +1,1 @@
+"""Where data sets come from: made CT that ships as code."""

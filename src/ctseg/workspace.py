@@ -1,0 +1,117 @@
+"""Where things lie in the current folder: `runs/` for trainings, `prepared/` for prepared cases, `data/` for data sets.
+
+A run folder holds `recipe.json` (the resolved recipe), `data.json` (its cases, as a manifest), checkpoints and logs.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ctseg.errors import CtsegError, ModelError, RecipeError
+from ctseg.files import make_folder, write_json
+from ctseg.manifest import SPLITS, Case, Manifest
+from ctseg.recipe import Recipe, load_recipe, recipe_from_dict
+
+RUNS = Path("runs")
+PREPARED = Path("prepared")
+RECIPE_FILE, DATA_FILE = "recipe.json", "data.json"
+CHECKPOINTS = ("best.pt", "last.pt")
+
+
+def new_run(recipe: Recipe) -> Path:
+    """The first free `runs/RECIPE-NNN`; not created yet."""
+    number = 1
+    while (RUNS / f"{recipe.slug}-{number:03d}").exists():
+        number += 1
+    return RUNS / f"{recipe.slug}-{number:03d}"
+
+
+def run_recipe(run: Path) -> Recipe:
+    """The resolved recipe of a run folder.
+
+    Raises:
+        CtsegError: if the folder holds no run.
+    """
+    if not (run / RECIPE_FILE).is_file():
+        raise CtsegError(f"'{run}' is not a run folder: it has no {RECIPE_FILE}")
+    try:
+        data = json.loads((run / RECIPE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"'{run / RECIPE_FILE}': cannot be read: {error}") from error
+    return recipe_from_dict(data, f"recipe of run '{run}'")
+
+
+def newest_run(recipe_name: str | None = None) -> Path | None:
+    """The run in `runs/` that was written to last, of one recipe if given; None if there is none."""
+    found = []
+    for file in RUNS.glob(f"*/{RECIPE_FILE}"):
+        run = file.parent
+        if recipe_name is None or _recipe_name(file) == recipe_name:
+            written = [f.stat().st_mtime_ns for f in (file, *(run / c for c in CHECKPOINTS)) if f.exists()]
+            found.append((max(written), run))
+    return max(found, default=(0, None), key=lambda pair: (pair[0], str(pair[1])))[1]
+
+
+def _recipe_name(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8")).get("name")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def start_run(run: Path, recipe: Recipe, manifest: Manifest) -> None:
+    """Creates the run folder with its recipe and its cases.
+
+    Raises:
+        CtsegError: if the folder already holds a run.
+    """
+    if (run / RECIPE_FILE).exists():
+        raise CtsegError(f"'{run}' already holds a run; continue it with --resume or choose another --output")
+    make_folder(run)
+    write_json(run / DATA_FILE, manifest_to_dict(manifest))
+    write_json(run / RECIPE_FILE, recipe.to_dict())
+
+
+def manifest_to_dict(manifest: Manifest) -> dict[str, Any]:
+    """The manifest as plain data that `read_manifest` reads back, with absolute paths."""
+
+    def entry(case: Case) -> dict[str, str]:
+        label = {} if case.label is None else {"label": str(case.label.absolute())}
+        return {"image": str(case.image.absolute()), **label}
+
+    splits = {s: [entry(c) for c in manifest.cases if c.split == s] for s in SPLITS}
+    about = {"name": manifest.name, "licence": manifest.licence, "source": manifest.source, "labels": manifest.labels}
+    return {**about, **splits}
+
+
+def resolve_model(name: str | None) -> Path:
+    """The file of the model that `name` means.
+
+    Args:
+        name: A checkpoint or exported file, a run folder, or a recipe (its newest run here); None for the newest run.
+
+    Raises:
+        ModelError: saying what was looked for and where.
+    """
+    if name is not None and Path(name).is_file() and not name.endswith((".toml", ".json")):
+        return Path(name)
+    run = Path(name) if name is not None and Path(name).is_dir() else None
+    if run is None and name is not None and not Path(name).is_file() and ("/" in name or Path(name).suffix):
+        raise ModelError(f"model '{name}': no such file or folder")
+    if run is None:
+        recipe_name = None if name is None else load_recipe(name).name
+        run = newest_run(recipe_name)
+        if run is None:
+            what = "no run" if recipe_name is None else f"no run of recipe '{recipe_name}'"
+            raise ModelError(f"{what} in '{RUNS}/' of this folder; train one with `ctseg train`, or name a --model")
+    for checkpoint in CHECKPOINTS:
+        if (run / checkpoint).is_file():
+            return run / checkpoint
+    raise ModelError(f"run '{run}': no checkpoint yet ({' or '.join(CHECKPOINTS)})")
+
+
+def run_of(model: Path) -> Path | None:
+    """The run folder a model file lies in, if any."""
+    return model.parent if (model.parent / RECIPE_FILE).is_file() else None
