@@ -50,7 +50,7 @@ class Taps:
     weight: Tensor
 
     @classmethod
-    def at(cls, positions: NDArray[np.float64], size: int, device: torch.device) -> Taps:
+    def at(cls, positions: NDArray[np.floating], size: int, device: torch.device) -> Taps:
         """Taps for positions in voxels along an axis of `size` voxels; outside, the border value is repeated."""
         clamped = np.clip(positions, 0, size - 1)
         low = np.minimum(np.floor(clamped).astype(np.int64), max(size - 2, 0))
@@ -156,7 +156,7 @@ def restore(scores_CXYZ: Tensor, prepared: Prepared) -> NDArray[np.uint8]:
         crops[ras_axis] = slice(first, last + 1)
         taps.append(part.shifted(first))
         targets.append(slice(start, stop))
-    cropped = scores_CXYZ[(slice(None), *crops)]
+    cropped = scores_CXYZ[..., crops[0], crops[1], crops[2]]
     by_memory = cropped.permute(0, *[1 + order[axis][0] for axis in (2, 1, 0)]).contiguous()
     target = labels.transpose(2, 1, 0)[tuple(targets)]
     for start, decided in _decided_slabs(by_memory, taps):
@@ -209,13 +209,12 @@ def _resampled_slabs(source: Tensor, taps: list[Taps], device: torch.device) -> 
         yield start, taps[2].apply(taps[1].apply(slab, 1), 2)
 
 
-def _positions_in_source(source: Geometry, grid: Geometry, axis: int) -> NDArray[np.float64]:
+def _positions_in_source(source: Geometry, grid: Geometry, axis: int) -> NDArray[np.floating]:
     """Where the network grid's voxels lie along the source's array axis, in source voxels."""
     ras_axis, sign = orientation_to_ras(source)[axis]
     step = grid.spacing_mm[ras_axis] / source.spacing_mm[axis]
     positions = np.arange(grid.size[ras_axis]) * step
-    along: NDArray[np.float64] = positions if sign > 0 else (source.size[axis] - 1) - positions
-    return along
+    return positions if sign > 0 else (source.size[axis] - 1) - positions
 
 
 def _to_network_grid(source: Geometry, grid: Geometry, axis: int, device: torch.device) -> Taps:
@@ -226,7 +225,7 @@ def _to_source_grid(source: Geometry, grid: Geometry, axis: int, device: torch.d
     ras_axis, sign = orientation_to_ras(source)[axis]
     index = np.arange(source.size[axis])
     from_first = index if sign > 0 else (source.size[axis] - 1) - index
-    positions: NDArray[np.float64] = from_first * (source.spacing_mm[axis] / grid.spacing_mm[ras_axis])
+    positions = from_first * (source.spacing_mm[axis] / grid.spacing_mm[ras_axis])
     return Taps.at(positions, grid.size[ras_axis], device)
 
 

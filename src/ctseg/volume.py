@@ -132,10 +132,3 @@ def to_ras(volume: Volume) -> Volume:
     array = array[flips]
     x, y, z = array.shape
     return Volume(array, Geometry((x, y, z), volume.geometry.affine @ permute))
-
-
-def from_ras(array: NDArray[Any], geometry: Geometry) -> NDArray[Any]:
-    """The inverse of `to_ras` for an array on the RAS grid: a view in the axis order of `geometry`."""
-    order = orientation_to_ras(geometry)
-    flipped: NDArray[Any] = array[tuple(slice(None, None, dict(order)[n]) for n in range(3))]
-    return flipped.transpose([ras_axis for ras_axis, _ in order])

@@ -10,7 +10,7 @@ from typing import Any
 import nibabel
 import numpy as np
 import pytest
-import SimpleITK as sitk
+import SimpleITK
 from nibabel.nifti1 import Nifti1Header
 from nibabel.nifti2 import Nifti2Header
 from numpy.typing import NDArray
@@ -60,7 +60,7 @@ def test_every_version_type_and_byte_order(
 
 def test_geometry_is_the_one_simpleitk_sees(tmp_path: Path, nifti: Maker, ct: NDArray[np.int16]) -> None:
     path = write(tmp_path / "ct.nii.gz", nifti(ct))
-    image, geometry = sitk.ReadImage(str(path)), read_geometry(path)
+    image, geometry = SimpleITK.ReadImage(str(path)), read_geometry(path)
     for index in [(0, 0, 0), (6, 10, 4), (3, 0, 2)]:
         expected = image.TransformIndexToPhysicalPoint(index)
         np.testing.assert_allclose((geometry.affine @ [*index, 1])[:3], expected, atol=1e-4)
@@ -86,7 +86,7 @@ def test_geometry_is_the_one_simpleitk_sees(tmp_path: Path, nifti: Maker, ct: ND
         ({"vox_offset": 100}, "voxels must begin at byte 352 or later, got 100"),
         ({"vox_offset": NAN}, "voxels must begin at byte 352 or later, got nan"),
         ({"scl_slope": 2, "scl_inter": NAN}, "scl_inter must be finite, got nan"),
-        ({"srow_x": [0, 0, 0, 0], "srow_y": [0, 0, 0, 0], "qform_code": 0}, "spacing must be positive, got 0.0 x"),
+        ({"srow_x": [0, 0, 0, 0], "srow_y": [0, 0, 0, 0], "qform_code": 0}, " x 0.0 x "),
         ({"srow_x": [NAN, 0, 0, 0]}, "the affine must be finite, got NaN or infinity"),
         ({"pixdim": [1, 0.7, -1.3, 2.5, 0, 0, 0, 0], "sform_code": 0}, "qform: spacing must be positive, got [0.6999"),
         ({"quatern_b": 3}, "qform: its quaternion must have length 1"),
@@ -120,10 +120,10 @@ def test_conflict_names_its_distance(tmp_path: Path, nifti: Maker, ct: NDArray[n
 @pytest.mark.parametrize("qfac", [0.0, 1.0, -1.0])
 def test_qform_alone(tmp_path: Path, nifti: Maker, ct: NDArray[np.int16], qfac: float) -> None:
     """A qfac of 0 counts as 1, as the standard says."""
-    pixdim = [qfac, 0.7, 1.3, 2.5, 0, 0, 0, 0]
-    path = write(tmp_path / "ct.nii", nifti(ct, sform_code=0, pixdim=pixdim, quatern_b=0.6, quatern_c=0, quatern_d=0.8))
-    reference = write(tmp_path / "r.nii", nifti(ct, sform_code=0, pixdim=[qfac or 1, *pixdim[1:]], quatern_b=0.6,
-                                                quatern_c=0, quatern_d=0.8))  # fmt: skip
+    spacing_mm = [0.7, 1.3, 2.5, 0, 0, 0, 0]
+    fields = {"sform_code": 0, "quatern_b": 0.6, "quatern_c": 0, "quatern_d": 0.8}
+    path = write(tmp_path / "ct.nii", nifti(ct, pixdim=[qfac, *spacing_mm], **fields))
+    reference = write(tmp_path / "reference.nii", nifti(ct, pixdim=[qfac or 1, *spacing_mm], **fields))
     affine = read_geometry(path).affine_ras
     np.testing.assert_allclose(affine, nibabel.load(reference).affine, atol=1e-5)
     assert np.sign(np.linalg.det(affine)) == (qfac or 1)
@@ -248,7 +248,7 @@ def test_any_damaged_header_is_read_or_refused(
 ) -> None:
     dice, whole = random.Random(1), nifti(ct)
     path = tmp_path / f"ct{suffix}"
-    outcomes = set()
+    outcomes, messages = set(), []
     for _ in range(300):
         data = bytearray(whole)
         for _ in range(dice.choice([1, 1, 3])):
@@ -256,9 +256,10 @@ def test_any_damaged_header_is_read_or_refused(
         try:
             outcomes.add(type(read_image(write(path, bytes(data)))))
         except ImageError as error:
-            assert "\n" not in str(error)
             outcomes.add(ImageError)
+            messages.append(str(error))
     assert outcomes == {Volume, ImageError}
+    assert not any("\n" in message for message in messages)
     assert capfd.readouterr() == ("", "")
 
 

@@ -81,7 +81,7 @@ def _write_torchscript(network: nn.Module, example: Tensor, recipe: Recipe, path
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit is frozen, not gone; its notice is for developers
         traced = torch.jit.trace(network, example)  # type: ignore[no-untyped-call]
-        torch.jit.save(traced, str(path), _extra_files={RECIPE_ENTRY: json.dumps(recipe.to_dict())})  # type: ignore[no-untyped-call]
+        torch.jit.save(traced, str(path), _extra_files={RECIPE_ENTRY: json.dumps(recipe.to_dict())})
 
 
 def _write_onnx(network: nn.Module, example: Tensor, recipe: Recipe, path: Path) -> None:

@@ -53,7 +53,7 @@ def window_logits(model: Model, image_XYZ: Tensor, inference: Inference, on_wind
     starts = list(window_starts(shape, inference.window_size, inference.overlap))
     num_classes = model.recipe.num_classes
     channels = 1 if num_classes == 2 else num_classes
-    total = torch.zeros((channels, *shape), device=image_XYZ.device)
+    total_CXYZ = torch.zeros((channels, *shape), device=image_XYZ.device)
     batch = inference.batch_windows if image_XYZ.device.type == "cuda" else 1
     for first in range(0, len(starts), batch):
         group = [_box(start, inference.window_size) for start in starts[first : first + batch]]
@@ -61,14 +61,14 @@ def window_logits(model: Model, image_XYZ: Tensor, inference: Inference, on_wind
         if num_classes == 2:
             logits_BCXYZ = logits_BCXYZ[:, 1:] - logits_BCXYZ[:, :1]
         for box, logits_CXYZ in zip(group, logits_BCXYZ, strict=True):
-            total[(slice(None), *box)] += logits_CXYZ
+            total_CXYZ[..., box[0], box[1], box[2]] += logits_CXYZ
         if on_window is not None:
             on_window(first // batch + 1, -(-len(starts) // batch))
-    for axis, counts in enumerate(_counts(starts, tuple(image_XYZ.shape), inference.window_size)):
-        shape = [1, 1, 1, 1]
-        shape[axis + 1] = -1
-        total /= torch.from_numpy(counts).to(total).view(shape)
-    return total[(slice(None), *inside)]
+    for axis, counts in enumerate(_counts(starts, shape, inference.window_size)):
+        along = [1, 1, 1, 1]
+        along[axis + 1] = -1
+        total_CXYZ /= torch.from_numpy(counts).to(total_CXYZ).view(along)
+    return total_CXYZ[..., inside[0], inside[1], inside[2]]
 
 
 def window_starts(shape: Start, window: Start, overlap: float) -> Iterator[Start]:

@@ -105,10 +105,11 @@ def write_phantoms(folder: Path, counts: Mapping[str, int], seed: int, on_case: 
         make_folder(folder / name)
     write_json(manifest, _manifest(splits, files, seed))  # first: an unfinished folder then says what it lacks
     for index, case in enumerate(files):
-        if not all((folder / file).is_file() for file in case.values()):
+        missing = {kind: file for kind, file in case.items() if not (folder / file).is_file()}
+        if missing:
             phantom = make_phantom(seed, index)
             volumes = {"image": phantom.image, "label": phantom.labels(), "organs": phantom.organs}
-            for kind, file in case.items():
+            for kind, file in missing.items():
                 _write_nifti(folder / file, volumes[kind])
         on_case(f"phantom_{index:03d}")
     return manifest
