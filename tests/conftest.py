@@ -3,7 +3,27 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from ctseg.files import write_json
+from ctseg.io.images import write_labels
+from ctseg.manifest import Manifest, read_manifest
+from ctseg.recipe import Recipe, load_recipe
+from ctseg.sources.phantom import centered_grid, make_phantom
+
+TINY_OVERRIDES = [
+    "network.channels=[4,8]",
+    "network.strides=[2]",
+    "preprocess.spacing_mm=[8,8,8]",
+    "sampling.patch_size=[16,16,16]",
+    "sampling.patches_per_case=2",
+    "training.batch_cases=2",
+    "training.epochs=2",
+    "training.validation_interval_epochs=1",
+    "inference.window_size=[16,16,16]",
+]
+"""Turns spleen:small into a recipe that trains in about a second."""
 
 
 @pytest.fixture(scope="session")
@@ -13,3 +33,47 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real CT at {folder}: set CTSEG_REAL_DATA to run this test")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe() -> Recipe:
+    """The spleen pipeline, small enough to train in a second."""
+    return load_recipe("spleen:small", TINY_OVERRIDES)
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The manifest file of six coarse phantoms in varied axis orders: 3 training, 1 validation, 1 testing, 1 test."""
+    folder = tmp_path_factory.mktemp("tiny")
+    splits = ["training"] * 3 + ["validation", "testing", "test"]
+    entries: dict[str, list[object]] = {split: [] for split in splits}
+    for index, (split, codes) in enumerate(zip(splits, ("LPS", "RAS", "LAS", "SPL", "LPS", "RAI"), strict=True)):
+        sizes = dict(zip("LPS", (48, 40, 30), strict=True))
+        sizes.update({"R": 48, "A": 40, "I": 30})
+        grid = centered_grid(tuple(sizes[c] for c in codes), (5.0, 5.0, 5.0), codes)
+        phantom = make_phantom(7, index, grid=grid)
+        image, label = folder / f"case_{index}.nii.gz", folder / f"case_{index}_label.nii.gz"
+        _write_ct(image, phantom.image)
+        write_labels(label, phantom.labels().array, grid)
+        entries[split].append(image.name if split == "test" else {"image": image.name, "label": label.name})
+    write_json(folder / "tiny.json", {"name": "tiny", "labels": {"0": "background", "1": "spleen"}, **entries})
+    return folder / "tiny.json"
+
+
+@pytest.fixture(scope="session")
+def tiny_manifest(tiny_data: Path) -> Manifest:
+    """The tiny data set."""
+    return read_manifest(tiny_data)
+
+
+def _write_ct(path: Path, volume) -> None:
+    import nibabel
+
+    image = nibabel.Nifti1Image(volume.array, volume.geometry.affine_ras, dtype=np.int16)
+    nibabel.save(image, path)
+
+
+@pytest.fixture
+def write_ct():
+    """A function that writes a Volume as NIfTI: (path, volume) -> None."""
+    return _write_ct
