@@ -12,7 +12,8 @@ from PIL import Image
 from scipy import ndimage
 
 from ctseg.errors import OutputError
-from ctseg.report.figures import draw_overlay, draw_training_curves
+from ctseg.report.curves import draw_training_curves
+from ctseg.report.overlay import draw_overlay
 from ctseg.volume import Geometry, Volume
 
 SIZE_RAS = (40, 21, 10)
@@ -110,12 +111,14 @@ def test_oblique_volume_is_drawn_along_its_nearest_axes(tmp_path: Path) -> None:
     assert middle_of(picture, ORANGE, planes(picture)[0])[0] > 0.75
 
 
-def test_label_has_its_own_colour_and_is_centred_on_when_the_mask_is_empty(tmp_path: Path) -> None:
+def test_label_has_its_own_colour_and_the_planes_go_through_it_wherever_the_mask_is(tmp_path: Path) -> None:
     label = left_posterior_superior()
     picture = draw(tmp_path / "a.png", white_box(), np.zeros_like(label), label)
     assert count(picture, ORANGE) == 0
-    for box in planes(picture):
-        middle_of(picture, BLUE, box)
+    elsewhere = draw(tmp_path / "c.png", white_box(), label[::-1, ::-1, ::-1], label)
+    for drawn in (picture, elsewhere):
+        for box in planes(drawn):
+            middle_of(drawn, BLUE, box)
     assert count(draw(tmp_path / "b.png", white_box(), label), BLUE) == 0
 
 
@@ -213,7 +216,7 @@ def test_missing_folder_is_a_users_error_and_leaves_nothing(tmp_path: Path) -> N
 
 def test_matplotlib_is_imported_when_drawing_and_pyplot_never(tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from ctseg.report.figures import draw_training_curves as draw\n"
+        "import sys; from pathlib import Path; from ctseg.report.curves import draw_training_curves as draw\n"
         "assert 'matplotlib' not in sys.modules\n"
         f"draw(Path({str(tmp_path / 'a.png')!r}), [], 'none')\n"
         "assert 'matplotlib' in sys.modules and 'matplotlib.pyplot' not in sys.modules"

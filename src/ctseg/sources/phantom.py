@@ -39,7 +39,7 @@ __all__ = [
 
 GENERATOR_VERSION = 1
 """Grows whenever the same seed gives other voxels."""
-DEMO_COUNTS = {"training": 12, "validation": 3, "testing": 4, "test": 2}
+DEMO_COUNTS = {"training": 24, "validation": 3, "testing": 5, "test": 2}
 """Cases of each split in the demo's data set."""
 SPLEEN = 1
 """The spleen's value in `Phantom.organs`."""

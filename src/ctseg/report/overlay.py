@@ -1,13 +1,9 @@
-"""The two pictures of a run: how training went, and what a mask looks like in its CT.
-
-Drawn with matplotlib's object interface: no pyplot, no display, no state shared between calls, and the same bytes for
-the same input. Colours are from Okabe and Ito's palette, which people with any colour vision can tell apart.
-"""
+"""What a mask looks like in its CT: three planes on black."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,17 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ctseg.files import atomic_path
+from ctseg.report.canvas import FONT, new_figure, save_figure
 from ctseg.volume import Geometry, Volume, to_ras
 
 PREDICTION_COLOUR = "#E69F00"
 LABEL_COLOUR = "#56B4E9"
-LOSS_COLOUR = "#0072B2"
-DICE_COLOUR = "#009E73"
-FONT = "DejaVu Sans"
-"""Comes with matplotlib, so pictures are alike everywhere."""
-
-DPI = 160
 OVERLAY_INCHES = (10.0, 9.0)
 """Room for the planes together: width, height."""
 OVERLAY_MIN_WIDTH_INCHES = 6.0
@@ -35,8 +25,6 @@ MARGIN_MM = 5.0
 """Kept around what is not black."""
 HEADER_INCHES = 0.78
 FOOTER_INCHES = 0.42
-DENSE_EPOCHS = 60
-"""Curves with more points than this are drawn without a dot for each."""
 
 
 @dataclass(frozen=True)
@@ -64,76 +52,6 @@ class _Plane:
 AXIAL, CORONAL, SAGITTAL = _Plane("Axial", 2, "RLAP"), _Plane("Coronal", 1, "RLHF"), _Plane("Sagittal", 0, "APHF")
 
 
-def draw_training_curves(path: Path, epochs: Sequence[Mapping[str, float | int | None]], title: str) -> None:
-    """Writes a PNG with training loss per epoch on the left and validation mean Dice per epoch on the right.
-
-    Args:
-        path: The PNG.
-        epochs: One row per epoch with "epoch" (from 1), "loss" and "mean_dice" (None where not validated).
-        title: Stands above both graphs.
-
-    Raises:
-        OutputError: if the file cannot be written.
-    """
-    figure = _new_figure(9.6, 3.7, "white")
-    loss_axes, dice_axes = figure.subplots(1, 2)
-    figure.subplots_adjust(left=0.062, right=0.975, top=0.785, bottom=0.14, wspace=0.16)
-    style = {"family": FONT, "size": 13, "weight": "bold", "color": "#111111", "va": "center"}
-    figure.text(0.062, 0.94, title, parse_math=False, **style)
-    last = max((int(row["epoch"] or 0) for row in epochs), default=1)
-    _draw_curve(loss_axes, "Training loss", epochs, "loss", last, LOSS_COLOUR)
-    _draw_curve(dice_axes, "Validation mean Dice", epochs, "mean_dice", last, DICE_COLOUR)
-    if all((row["loss"] or 0) >= 0 for row in epochs):
-        loss_axes.set_ylim(bottom=0)
-    dice_axes.set_ylim(0, 1)
-    _mark_best(dice_axes, epochs, last)
-    _save(figure, path)
-
-
-def _draw_curve(
-    axes: Any, title: str, rows: Sequence[Mapping[str, float | int | None]], key: str, last_epoch: int, colour: str
-) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    points = [(row["epoch"], row[key]) for row in rows if row.get(key) is not None]
-    x, y = [p[0] for p in points], [p[1] for p in points]
-    style = {"linewidth": 1.0} if len(points) > DENSE_EPOCHS else {"linewidth": 1.8, "marker": "o", "markersize": 4}
-    axes.plot(x, y, color=colour, solid_joinstyle="round", clip_on=False, zorder=3, **style)
-    axes.set_title(title, family=FONT, size=10.5, color="#333333", loc="left", pad=9)
-    axes.set_xlabel("Epoch", family=FONT, size=9, color="#555555")
-    axes.set_xlim(*((0.5, 1.5) if last_epoch == 1 else (1 - 0.02 * last_epoch, last_epoch * 1.02)))
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
-    axes.grid(axis="y", color="#E3E3E3", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color("#999999")
-    axes.tick_params(length=0, labelsize=9, labelcolor="#555555", labelfontfamily=FONT, pad=5)
-
-
-def _mark_best(axes: Any, rows: Sequence[Mapping[str, float | int | None]], last_epoch: int) -> None:
-    """Marks the first epoch with the highest mean Dice and writes its value beside it, where there is room."""
-    scored = [(dice, -int(row["epoch"] or 0)) for row in rows if (dice := row.get("mean_dice")) is not None]
-    if not scored:
-        place = {"transform": axes.transAxes, "ha": "center", "va": "center"}
-        axes.text(0.5, 0.5, "not validated", family=FONT, size=10, color="#777777", **place)
-        return
-    dice, minus_epoch = max(scored)
-    epoch = -minus_epoch
-    dot = {"markersize": 9, "markeredgecolor": "white", "markeredgewidth": 1.5, "clip_on": False}
-    axes.plot([epoch], [dice], "o", color=DICE_COLOUR, zorder=5, **dot)
-    late, high = 1 < last_epoch < epoch / 0.6, dice > 0.25
-    axes.annotate(
-        f"best {dice:.4f}\nepoch {epoch}",
-        (epoch, dice),
-        xytext=(5 if late else -5, -14 if high else 14),
-        textcoords="offset points",
-        ha="right" if late else "left",
-        va="top" if high else "bottom",
-        family=FONT, size=9.5, weight="bold", color="#111111", linespacing=1.35, zorder=6,
-        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 2},
-    )  # fmt: skip
-
-
 def draw_overlay(
     path: Path,
     image: Volume,
@@ -144,7 +62,7 @@ def draw_overlay(
 ) -> None:
     """Writes a PNG of three planes through the mask: radiological view, one scale in mm for all, on black.
 
-    The planes go through the centre of mass of the mask, or of the label if the mask is empty, or else through the
+    The planes go through the centre of mass of the label, or of the mask where there is no label, or else through the
     middle of the volume. A volume of a single slice is shown in that plane alone.
 
     Args:
@@ -163,7 +81,7 @@ def draw_overlay(
     expert = labels[0] if labels else None
     centre = _centre(prediction, expert)
     boxes, (width, height), inches_per_mm = _lay_out(geometry)
-    figure = _new_figure(width, height, "black")
+    figure = new_figure(width, height, "black")
     for plane, box in boxes.items():
         left, bottom, plane_width, plane_height = box
         axes = figure.add_axes((left / width, bottom / height, plane_width / width, plane_height / height))
@@ -175,7 +93,7 @@ def draw_overlay(
         _draw_letters(figure, plane, box)
     _draw_header(figure, title, {"prediction": prediction, "label": expert})
     _draw_footer(figure, geometry, hu_window, inches_per_mm)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _crop(volumes_RAS: list[Volume], black_hu: float) -> tuple[Geometry, list[NDArray[Any]]]:
@@ -199,7 +117,7 @@ def _crop(volumes_RAS: list[Volume], black_hu: float) -> tuple[Geometry, list[ND
 
 def _centre(prediction_RAS: NDArray[Any], label_RAS: NDArray[Any] | None) -> tuple[int, ...]:
     """The voxel the planes go through. Where such a plane would miss the shape, the plane that shows most of it."""
-    for shape in (prediction_RAS, label_RAS):
+    for shape in (label_RAS, prediction_RAS):
         if shape is None or not shape.any():
             continue
         voxels_along = [np.count_nonzero(shape, axis=tuple({0, 1, 2} - {axis})) for axis in range(3)]
@@ -318,17 +236,3 @@ def _round_length(longest_mm: float) -> float:
     """The largest of 1, 2, 5, 10, 20, 50, ... that is at most `longest_mm`."""
     power = 10.0 ** math.floor(math.log10(longest_mm))
     return max(step * power for step in (1, 2, 5) if step * power <= longest_mm)
-
-
-def _new_figure(width_inches: float, height_inches: float, colour: str) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width_inches, height_inches), dpi=DPI, facecolor=colour)
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure: Any, path: Path) -> None:
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": None})
