@@ -69,7 +69,7 @@ def run_stock(checkpoint: Path, volume: Path, mask: Path) -> dict[str, float]:
     clock = Clock()
     import monai.transforms as mt
     import torch
-    from monai.data.utils import decollate_batch
+    from monai.data.meta_tensor import MetaTensor
     from monai.inferers.inferer import SlidingWindowInferer
     from monai.networks.nets.unet import UNet
 
@@ -105,9 +105,7 @@ def run_stock(checkpoint: Path, volume: Path, mask: Path) -> dict[str, float]:
     data = pre(data)
     clock.lap("prepare")
     with torch.no_grad():
-        data["pred"] = inferer(data["image"][None], network)
-        data["image"] = data["image"][None]
-        data = decollate_batch(data)[0]
+        data["pred"] = MetaTensor(inferer(data["image"][None].as_tensor(), network)[0])
     clock.lap("network")
     data = post(data)
     clock.lap("back to native grid")

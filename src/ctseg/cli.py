@@ -6,7 +6,7 @@ are answered at once.
 
 from __future__ import annotations
 
-import os
+import io
 import sys
 from typing import Annotated
 
@@ -22,17 +22,20 @@ from ctseg.commands.recipes import recipes
 from ctseg.commands.train import train
 from ctseg.commands.validate import validate
 from ctseg.errors import CtsegError
+from ctseg.progress import printable
 
 EPILOG = (
     "Exit codes: 0 done, 1 some cases failed (or a demo that learned nothing), 2 wrong use or bad input, "
-    "75 stopped by a signal and resumable. Research use only, not for diagnosis."
+    "75 stopped by a signal and resumable, 130 interrupted. Research use only, not for diagnosis."
 )
+
+INTERRUPTED = 130
+"""As in shells: 128 + SIGINT; typer returns it too."""
 
 app = typer.Typer(
     name="ctseg",
     help="CT segmentation from the shell: train, validate, apply and export 3D networks.",
     epilog=EPILOG,
-    no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
@@ -47,31 +50,37 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """CT segmentation from the shell: train, validate, apply and export 3D networks."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 def main() -> None:
     """Runs the command line and exits with its documented code; a bug keeps its traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be text; stderr does so by itself
     try:
         code = app(standalone_mode=False)
     except CtsegError as error:
         _fail(str(error), error.exit_code)
     except typer.Abort:
-        _fail("interrupted", 130)
+        code = INTERRUPTED
     except typer.TyperException as error:
         _fail(error.format_message(), getattr(error, "exit_code", 2))
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # our reader is gone
-        sys.exit(0)
+    if code == INTERRUPTED:
+        _fail("interrupted", code)
     sys.exit(code if isinstance(code, int) else 0)
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"ctseg: {message}", file=sys.stderr)
+    if message:
+        lines = f"ctseg: {message}".splitlines()
+        print(*(printable(line) for line in lines), sep="\n", file=sys.stderr)
     sys.exit(code)

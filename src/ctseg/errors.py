@@ -58,7 +58,7 @@ class CasesFailed(CtsegError):
 
 
 class Stopped(CtsegError):
-    """A signal stopped the work at a point it can resume from."""
+    """A signal stopped the work at a point it can resume from; without a message, another process tells it."""
 
     exit_code = 75
 

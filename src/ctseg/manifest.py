@@ -74,7 +74,7 @@ def shipped_manifest(name: str) -> Path:
 
 def data_folder() -> Path:
     """Where data sets live: `$CTSEG_DATA`, else `data` in the current folder."""
-    return Path(os.environ.get("CTSEG_DATA", "data"))
+    return Path(os.environ.get("CTSEG_DATA") or "data")
 
 
 def read_manifest(path: Path, root: Path | None = None) -> Manifest:
@@ -93,7 +93,7 @@ def read_manifest(path: Path, root: Path | None = None) -> Manifest:
     entries = [(split, n, entry) for split in SPLITS for n, entry in enumerate(_as_list(data, split, problems))]
     found = [_read_entry(f"{split}[{n}]", split, entry, root, problems) for split, n, entry in entries]
     cases = _with_unique_names([case for case in found if case is not None], root)
-    problems.extend(_repeated(cases))
+    problems.extend(_repeated(cases) or _same_names(cases))
     if not entries and not problems:
         problems.append(f"no cases; expected at least one of the keys {', '.join(SPLITS)}")
     if problems:
@@ -156,7 +156,7 @@ def _read_data(path: Path) -> Any:
     try:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             raise ManifestError(f"manifest '{path}': larger than {MAX_MANIFEST_BYTES >> 20} MiB, not a data list")
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ManifestError(f"manifest '{path}': cannot be read: {error}") from error
     if path.suffix == ".txt":
@@ -193,7 +193,11 @@ def _read_entry(where: str, split: str, entry: Any, root: Path, problems: list[s
         paths.append(None if text is None else root / text)
     image, label_path = paths
     assert image is not None
-    return Case(name=image_stem(image), split=split, image=image, label=label_path)
+    name = image_stem(image)
+    if not name.strip("."):
+        problems.append(f"{where}: an image needs a name before its suffix, got '{entry['image']}'")
+        return None
+    return Case(name=name, split=split, image=image, label=label_path)
 
 
 def _with_unique_names(cases: list[Case], root: Path) -> list[Case]:
@@ -215,5 +219,13 @@ def _repeated(cases: Iterable[Case]) -> list[str]:
     """A line for each image that stands more than once, in one split or across splits."""
     where: dict[Path, list[str]] = {}
     for case in cases:
-        where.setdefault(case.image, []).append(case.split)
+        where.setdefault(case.image.absolute(), []).append(case.split)
     return [f"image listed {len(s)} times ({', '.join(s)}): {p}" for p, s in where.items() if len(s) > 1]
+
+
+def _same_names(cases: Iterable[Case]) -> list[str]:
+    """A line for each name that cases still share: `a/b/ct` and `a_b/ct`, `ct.nii` and `ct.mha`."""
+    images: dict[str, list[str]] = {}
+    for case in cases:
+        images.setdefault(case.name, []).append(str(case.image))
+    return [f"cases share the name '{n}', rename one: {', '.join(p)}" for n, p in images.items() if len(p) > 1]

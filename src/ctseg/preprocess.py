@@ -10,7 +10,7 @@ Shape suffixes: X Y Z the network's RAS grid, IJK the array axes of a file, C ch
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +19,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ctseg.errors import ImageError
 from ctseg.recipe import Preprocess
-from ctseg.volume import Geometry, Volume, orientation_to_ras
+from ctseg.volume import Geometry, Volume, orientation_to_ras, to_ras
 
 SLAB_VOXELS = 4_000_000
 """Resampling works on about this many voxels at a time (16 MB of float32)."""
+MAX_VOXELS = 2**31
+"""More on the network's grid is a damaged header, not a CT: a whole body at 1 mm has a quarter of this."""
+SPACING_TOLERANCE_MM = 1e-3
+"""Spacings this close count as equal, as in MONAI's Spacing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,19 +84,40 @@ class Taps:
 
 
 def network_geometry(source: Geometry, spacing_mm: tuple[float, float, float]) -> Geometry:
-    """The RAS grid at `spacing_mm` over `source`: first voxel centres coincide, the last may overhang by half."""
-    order = orientation_to_ras(source)
-    directions = np.zeros((3, 3))
-    corner = np.zeros(4)
-    corner[3] = 1.0
-    sizes = [0, 0, 0]
-    for axis, (ras_axis, sign) in enumerate(order):
-        directions[:, ras_axis] = sign * source.direction[:, axis]
-        corner[axis] = 0 if sign > 0 else source.size[axis] - 1
-        extent_mm = (source.size[axis] - 1) * source.spacing_mm[axis]
-        sizes[ras_axis] = int(np.round(extent_mm / spacing_mm[ras_axis] + 1.0))
-    x, y, z = (source.affine @ corner)[:3]
-    return Geometry.from_parts((sizes[0], sizes[1], sizes[2]), spacing_mm, (x, y, z), directions)
+    """The RAS grid at `spacing_mm` over `source`, laid out as MONAI's Spacing does it, step by step.
+
+    An axis whose spacing is within SPACING_TOLERANCE_MM of the wanted one keeps its own. The first voxel centres of
+    both grids coincide, the last may be half a voxel apart. Only where the axes are not quite at right angles does
+    MONAI align the grids' middles instead, and the float32 header of an oblique NIfTI file is enough for that.
+
+    Raises:
+        ImageError: if the grid would have more than MAX_VOXELS.
+    """
+    ras = to_ras(Volume(np.broadcast_to(np.uint8(0), source.size), source)).geometry
+    x, y, z = (
+        have if abs(have - want) <= SPACING_TOLERANCE_MM else want
+        for have, want in zip(ras.spacing_mm, spacing_mm, strict=True)
+    )
+    axes = ras.affine[:3, :3]
+    rotation = axes @ np.linalg.inv(np.linalg.cholesky(axes.T @ axes).T)
+    affine = Geometry.from_parts(source.size, (x, y, z), (0.0, 0.0, 0.0), rotation).affine
+    corners = np.array(np.meshgrid(*[(0, n - 1) for n in ras.size], [1], indexing="ij")).reshape(4, -1)
+    corners_on_grid = (np.linalg.solve(affine, ras.affine) @ corners)[:3]
+    size = np.round(np.ptp(corners_on_grid, axis=1) + 1.0)
+    if size.prod() > MAX_VOXELS:
+        raise ImageError(
+            f"at the network's spacing a CT must have at most {MAX_VOXELS} voxels, got {_times(size)} "
+            f"({_times(source.size)} of {_times(source.spacing_mm)} mm); correct the spacing in its header or crop it"
+        )
+    if (corners_on_grid - corners_on_grid[:, :1] >= -1e-8).all():
+        affine[:3, 3] = ras.affine[:3, 3]
+    else:
+        affine[:3, 3] = (ras.affine @ [*(n / 2 for n in ras.size), 1.0])[:3] - affine[:3, :3] @ (size / 2)
+    return Geometry((int(size[0]), int(size[1]), int(size[2])), affine)
+
+
+def _times(values: Iterable[float]) -> str:
+    return " x ".join(f"{value:.6g}" for value in values)
 
 
 def prepare(volume: Volume, spec: Preprocess, device: torch.device) -> Prepared:
@@ -116,7 +142,10 @@ def prepare(volume: Volume, spec: Preprocess, device: torch.device) -> Prepared:
 
 
 def prepare_labels(labels: Volume, spec: Preprocess) -> NDArray[np.uint8]:
-    """A label map on the network's grid `[x, y, z]`, nearest neighbour (ties to even, as MONAI's Spacing)."""
+    """A label map on the network's grid `[x, y, z]`, nearest neighbour.
+
+    Voxels halfway between two go to the even one; in MONAI's Spacing rounding errors decide.
+    """
     grid = network_geometry(labels.geometry, spec.spacing_mm)
     order = orientation_to_ras(labels.geometry)
     index = []
@@ -151,6 +180,8 @@ def restore(scores_CXYZ: Tensor, prepared: Prepared) -> NDArray[np.uint8]:
         ras_axis = order[axis][0]
         full = _to_source_grid(source, prepared.geometry, axis, scores_CXYZ.device)
         start, stop = _reach(full, *box[ras_axis])
+        if start == stop:
+            return labels
         part = full.part(start, stop)
         first, last = int(part.low.min()), int(part.high.max())
         crops[ras_axis] = slice(first, last + 1)
@@ -193,9 +224,9 @@ def _label_box(scores_CXYZ: Tensor) -> list[tuple[int, int]] | None:
 
 
 def _reach(taps: Taps, first: int, last: int) -> tuple[int, int]:
-    """The range start..stop of outputs that read any input in first..last."""
+    """The range start..stop of outputs that read any input in first..last; empty where all step over it."""
     touching = ((taps.high >= first) & (taps.low <= last)).nonzero()
-    return int(touching[0]), int(touching[-1]) + 1
+    return (int(touching[0]), int(touching[-1]) + 1) if len(touching) else (0, 0)
 
 
 def _resampled_slabs(source: Tensor, taps: list[Taps], device: torch.device) -> Iterator[tuple[int, Tensor]]:
@@ -209,12 +240,16 @@ def _resampled_slabs(source: Tensor, taps: list[Taps], device: torch.device) -> 
         yield start, taps[2].apply(taps[1].apply(slab, 1), 2)
 
 
-def _positions_in_source(source: Geometry, grid: Geometry, axis: int) -> NDArray[np.floating]:
-    """Where the network grid's voxels lie along the source's array axis, in source voxels."""
+def _line(source: Geometry, grid: Geometry, axis: int) -> tuple[float, float]:
+    """Where the network grid's voxels lie along the source's array axis: the first, and the step, in source voxels."""
     ras_axis, sign = orientation_to_ras(source)[axis]
-    step = grid.spacing_mm[ras_axis] / source.spacing_mm[axis]
-    positions = np.arange(grid.size[ras_axis]) * step
-    return positions if sign > 0 else (source.size[axis] - 1) - positions
+    first = float(np.linalg.solve(source.affine, grid.affine[:, 3])[axis])
+    return round(first, 9), sign * grid.spacing_mm[ras_axis] / source.spacing_mm[axis]
+
+
+def _positions_in_source(source: Geometry, grid: Geometry, axis: int) -> NDArray[np.floating]:
+    first, step = _line(source, grid, axis)
+    return first + np.arange(grid.size[orientation_to_ras(source)[axis][0]]) * step
 
 
 def _to_network_grid(source: Geometry, grid: Geometry, axis: int, device: torch.device) -> Taps:
@@ -222,11 +257,9 @@ def _to_network_grid(source: Geometry, grid: Geometry, axis: int, device: torch.
 
 
 def _to_source_grid(source: Geometry, grid: Geometry, axis: int, device: torch.device) -> Taps:
-    ras_axis, sign = orientation_to_ras(source)[axis]
-    index = np.arange(source.size[axis])
-    from_first = index if sign > 0 else (source.size[axis] - 1) - index
-    positions = from_first * (source.spacing_mm[axis] / grid.spacing_mm[ras_axis])
-    return Taps.at(positions, grid.size[ras_axis], device)
+    first, step = _line(source, grid, axis)
+    positions = (np.arange(source.size[axis]) - first) / step
+    return Taps.at(positions, grid.size[orientation_to_ras(source)[axis][0]], device)
 
 
 def _memory_order(array: NDArray[Any]) -> list[int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -179,8 +180,12 @@ class Recipe:
 
     def check(self) -> Iterator[str]:
         """Problems beyond those of single values, as "key: text"."""
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.:-]*", self.name):
+            yield f"name: expected letters, digits, '_', '-' and '.', as it names folders, got {self.name!r}"
         if list(self.labels) != [str(n + 1) for n in range(len(self.labels))] or not self.labels:
             yield f'labels: expected "1", "2", ... without gaps, got {", ".join(self.labels) or "none"}'
+        if len(set(self.labels.values())) < len(self.labels):
+            yield f"labels: every structure must have its own name, got {', '.join(self.labels.values())}"
         if len(self.labels) > 255:
             yield f"labels: at most 255 fit a uint8 mask, got {len(self.labels)}"
         multiple = self.network.size_multiple
@@ -223,7 +228,7 @@ def recipe_path(name: str) -> Path:
     Raises:
         RecipeError: if there is no such recipe or file.
     """
-    base = name.partition(":")[0]
+    base = name.rpartition(":")[0] or name
     if base in recipe_names():
         return RECIPE_FOLDER / f"{base}.toml"
     for path in (Path(name), Path(base)):
@@ -246,9 +251,10 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
     problems: list[str] = []
     if ":" in name and not Path(name).is_file():
         variant = name.rpartition(":")[2]
-        if not isinstance(variants, Mapping) or variant not in variants:
-            raise RecipeError(f"recipe '{name}': no variant '{variant}'; known: {', '.join(variants) or 'none'}")
-        data = _merge(data, variants[variant])
+        known = variants if isinstance(variants, Mapping) else {}
+        if not isinstance(known.get(variant), Mapping):
+            raise RecipeError(f"recipe '{name}': no variant '{variant}'; known: {', '.join(known) or 'none'}")
+        data = _merge(data, known[variant])
         data["name"] = f"{data.get('name')}:{variant}"
     for override in overrides or []:
         data = _merge(data, _parse_override(override, problems))
@@ -274,7 +280,7 @@ def _finish(data: Any, subject: str, problems: list[str]) -> Recipe:
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         data: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RecipeError(f"recipe '{path}': cannot be read as TOML: {error}") from error
     return data
 
@@ -282,7 +288,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RecipeError(f"recipe '{path}': cannot be read as JSON: {error}") from error
     if not isinstance(data, dict):
         raise RecipeError(f"recipe '{path}': expected a JSON object, got {type(data).__name__}")
@@ -302,12 +308,12 @@ def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
 
 def _parse_override(text: str, problems: list[str]) -> dict[str, Any]:
     key, equals, value = text.partition("=")
-    if not equals or not key.strip():
+    if not equals or not key.strip() or "\n" in text:
         problems.append(f"--set {text}: expected section.key=value")
         return {}
     try:
         parsed: Any = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         parsed = value.strip()  # a bare word is a string, so that no quotes are needed in a shell
     nested: dict[str, Any] = {}
     table = nested

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
+LARGEST_INT = 2**63 - 1
+"""As in TOML; Python's own integers have no end."""
 
 
 @dataclass(frozen=True)
@@ -28,16 +30,14 @@ class Range:
 
     def problem(self, value: float) -> str | None:
         """What `value` breaks, or None."""
-        if not math.isfinite(value):
-            return f"must be a finite number, got {value}"
         if self.above is not None and value <= self.above:
-            return f"must be above {self.above:g}, got {value:g}"
+            return f"must be above {self.above}, got {value}"
         if self.at_least is not None and value < self.at_least:
-            return f"must be at least {self.at_least:g}, got {value:g}"
+            return f"must be at least {self.at_least}, got {value}"
         if self.at_most is not None and value > self.at_most:
-            return f"must be at most {self.at_most:g}, got {value:g}"
+            return f"must be at most {self.at_most}, got {value}"
         if self.below is not None and value >= self.below:
-            return f"must be below {self.below:g}, got {value:g}"
+            return f"must be below {self.below}, got {value}"
         return None
 
 
@@ -118,7 +118,7 @@ def _read_union(options: tuple[Any, ...], value: Any, path: str, problems: list[
         return None if value is None else _read_value(Union[tuple(rest)], value, path, problems)  # noqa: UP007  # built at run time
     kinds = {get_args(get_type_hints(option)["kind"])[0]: option for option in options}
     kind = value.get("kind") if isinstance(value, Mapping) else None
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         problems.append(_wrong_kind(tuple(kinds), kind, path))
         return None
     return read_dataclass(kinds[kind], value, path, problems)
@@ -142,9 +142,15 @@ def _read_dict(args: tuple[Any, ...], value: Any, path: str, problems: list[str]
 
 
 def _read_scalar(hint: type, value: Any, path: str, problems: list[str]) -> Any:
+    if isinstance(value, int) and not -LARGEST_INT <= value <= LARGEST_INT:
+        problems.append(f"{path}: expected {hint.__name__}, got a number beyond 64 bits")
+        return None
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         problems.append(f"{path}: expected {hint.__name__}, got {value!r}")
+        return None
+    if isinstance(value, float) and not math.isfinite(value):
+        problems.append(f"{path}: expected a finite number, got {value}")
         return None
     return value

@@ -18,6 +18,7 @@ RUNS = Path("runs")
 PREPARED = Path("prepared")
 RECIPE_FILE, DATA_FILE = "recipe.json", "data.json"
 CHECKPOINTS = ("best.pt", "last.pt")
+EXPORT_SUFFIXES = {"torchscript": ".ts", "onnx": ".onnx"}
 
 
 def new_run(recipe: Recipe) -> Path:
@@ -98,7 +99,7 @@ def resolve_model(name: str | None) -> Path:
     if name is not None and Path(name).is_file() and not name.endswith((".toml", ".json")):
         return Path(name)
     run = Path(name) if name is not None and Path(name).is_dir() else None
-    if run is None and name is not None and not Path(name).is_file() and ("/" in name or Path(name).suffix):
+    if run is None and name is not None and not _may_be_recipe(name):
         raise ModelError(f"model '{name}': no such file or folder")
     if run is None:
         recipe_name = None if name is None else load_recipe(name).name
@@ -110,6 +111,12 @@ def resolve_model(name: str | None) -> Path:
         if (run / checkpoint).is_file():
             return run / checkpoint
     raise ModelError(f"run '{run}': no checkpoint yet ({' or '.join(CHECKPOINTS)})")
+
+
+def _may_be_recipe(name: str) -> bool:
+    """`spleen`, `spleen:small`, `my.toml`, `my.toml:small`, but not `runs/nothing` and not `best.pt`."""
+    path = Path(name.partition(":")[0])
+    return path.suffix in (".toml", ".json") or (path.suffix == "" and path.name == str(path))
 
 
 def run_of(model: Path) -> Path | None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
+from ctseg.errors import OutputError
 from ctseg.report.tables import render_table
 
 Overrides = Annotated[
@@ -28,8 +31,8 @@ ModelOption = Annotated[
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 PrecisionOption = Annotated[
-    str,
-    typer.Option("--precision", help="auto, float32, bfloat16 or float16. auto: float16 AMP on CUDA, else float32."),
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option("--precision", help="auto: float16 AMP on CUDA, else float32."),
 ]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
@@ -37,7 +40,21 @@ QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on s
 
 def emit(data: Any, text: str, as_json: bool) -> None:
     """Prints a result on stdout: for people, or as JSON for scripts."""
-    typer.echo(json.dumps(data, indent=1, default=str) if as_json else text)
+    say(json.dumps(data, indent=1, default=str) if as_json else text)
+
+
+def say(text: str) -> None:
+    """Prints on stdout. A reader that has left, as in `ctseg recipes | head`, is no error.
+
+    Raises:
+        OutputError: if stdout is a file on a full disk.
+    """
+    try:
+        typer.echo(text)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in Python's buffer
+        if not isinstance(error, BrokenPipeError):
+            raise OutputError(f"cannot write the result to stdout: {error.strerror}; free space") from error
 
 
 def pairs(rows: Sequence[tuple[str, object]]) -> str:

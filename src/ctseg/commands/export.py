@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from ctseg.commands.common import DeviceOption, JsonFlag, ModelOption, emit, pairs
-from ctseg.errors import ModelError
-from ctseg.workspace import resolve_model
+from ctseg.errors import CtsegError, ModelError
+from ctseg.files import make_folder
+from ctseg.workspace import EXPORT_SUFFIXES, resolve_model
 
 if TYPE_CHECKING:
     from ctseg.engine.export import ExportReport
 
 
 def export(
-    file_format: Annotated[str, typer.Option("--format", help="torchscript or onnx.")] = "torchscript",
+    file_format: Annotated[
+        Literal["torchscript", "onnx"], typer.Option("--format", help="Kind of file.")
+    ] = "torchscript",
     model: ModelOption = None,
     output: Annotated[Path | None, typer.Option(help="Default: model.ts or model.onnx beside the model.")] = None,
     device: DeviceOption = "auto",
@@ -27,11 +30,13 @@ def export(
     path = resolve_model(model)
     if path.suffix != ".pt":
         raise ModelError(f"model '{path}': already exported; name a checkpoint (.pt) or a run")
-    from ctseg.engine.export import SUFFIXES
+    target = output or path.with_name(f"model{EXPORT_SUFFIXES[file_format]}")
+    if target.suffix != EXPORT_SUFFIXES[file_format]:
+        raise CtsegError(f"--output {target}: a {file_format} file must end in {EXPORT_SUFFIXES[file_format]}")
+    make_folder(target.parent)
     from ctseg.engine.export import export as run
     from ctseg.engine.runtime import running
 
-    target = output or path.with_name(f"model{SUFFIXES.get(file_format, '')}")
     with running(device, "float32") as runtime:
         report = run(path, file_format, target, runtime)
     emit(dataclasses.asdict(report), _text(report), as_json)

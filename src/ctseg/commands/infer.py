@@ -11,6 +11,8 @@ import typer
 
 from ctseg.commands.common import DeviceOption, JsonFlag, ModelOption, PrecisionOption, QuietFlag, emit
 from ctseg.errors import CasesFailed
+from ctseg.files import make_folder
+from ctseg.jobs import FAILURES, find_jobs
 from ctseg.progress import make_progress
 from ctseg.report.tables import render_table
 from ctseg.workspace import resolve_model
@@ -26,6 +28,7 @@ def infer(
     output: Annotated[Path, typer.Option(help="Folder of the masks.")],
     model: ModelOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Redo masks that are already there.")] = False,
+    overlays: Annotated[bool, typer.Option("--overlays", help="Also draw a picture of every mask.")] = False,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
     as_json: JsonFlag = False,
@@ -33,16 +36,16 @@ def infer(
 ) -> None:
     """Segment CTs (NIfTI, NRRD, MHA): a uint8 mask on each input's own grid, in its own format."""
     path = resolve_model(model)
-    from ctseg.engine.infer import FAILURES, find_jobs
+    jobs = find_jobs(inputs, output)
+    make_folder(output)
     from ctseg.engine.infer import infer as run
     from ctseg.engine.model import load_model
     from ctseg.engine.runtime import running
 
-    jobs = find_jobs(inputs, output)
     with running(device, precision, amp=True) as runtime, make_progress(quiet) as progress:
         loaded = load_model(path, runtime)
         progress.note(f"model {path} on {runtime.describe()}")
-        outcomes = run(loaded, jobs, output, progress, overwrite=overwrite)
+        outcomes = run(loaded, jobs, output, progress, overwrite=overwrite, overlays=overlays)
     emit([dataclasses.asdict(o) for o in outcomes], _text(outcomes, path), as_json)
     failed = [o for o in outcomes if o.status == "failed"]
     if failed:

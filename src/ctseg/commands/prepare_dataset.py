@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ctseg.commands.common import DataOption, JsonFlag, ManifestOption, Overrides, PreparedOption, QuietFlag, emit
+from ctseg.errors import CtsegError
+from ctseg.files import make_folder
+from ctseg.manifest import check_files, read_manifest
 from ctseg.progress import make_progress
 from ctseg.recipe import Recipe, load_recipe
-from ctseg.workspace import PREPARED, newest_run, run_recipe
+from ctseg.sources.catalogue import find_data
+from ctseg.workspace import DATA_FILE, PREPARED, newest_run, run_recipe
 
 DEMO_RECIPE = "spleen:small"
 
@@ -26,15 +31,18 @@ def prepare_dataset(
     quiet: QuietFlag = False,
 ) -> None:
     """Prepare a data set for a recipe: read, resample, window, crop; ready to train from."""
-    chosen, why = _choose(recipe, overrides)
+    chosen, why, run = _choose(recipe, overrides)
     if not quiet:
         typer.echo(f"ctseg: {why}", err=True)
-    from ctseg.engine.bank import prepare_bank
-    from ctseg.sources.catalogue import find_data
-
     with make_progress(quiet) as progress:
-        found = find_data(manifest or chosen.data.manifest, data, progress)
-        cases = tuple(case for case in found.cases if case.split in ("training", "validation"))
+        if run is not None and manifest is None and data is None:
+            found = check_files(read_manifest(run / DATA_FILE))
+        else:
+            found = find_data(manifest or chosen.data.manifest, data, progress)
+        cases = found.split("training") + tuple(case for case in found.cases if case.split == "validation")
+        make_folder(prepared)
+        from ctseg.engine.bank import prepare_bank
+
         report = prepare_bank(cases, chosen, prepared, progress)
     text = (
         f"data set {found.name}: {len(report.made)} cases prepared, {len(report.ready)} were ready, "
@@ -45,16 +53,16 @@ def prepare_dataset(
     emit({**result, "folder": report.folder, "num_bytes": report.num_bytes}, text, as_json)
 
 
-def _choose(name: str | None, overrides: list[str] | None) -> tuple[Recipe, str]:
-    """The recipe to prepare for, and a sentence that says why this one."""
+def _choose(name: str | None, overrides: list[str] | None) -> tuple[Recipe, str, Path | None]:
+    """The recipe to prepare for, a sentence that says why this one, and the run it is from if from one."""
     if name is not None:
-        return load_recipe(name, overrides), f"preparing for recipe {name}"
+        return load_recipe(name, overrides), f"preparing for recipe {name}", None
     run = newest_run()
-    if run is not None and not overrides:
+    if overrides:
+        raise CtsegError("--set needs the name of the RECIPE that it changes")
+    if run is not None:
         recipe = run_recipe(run)
-        return recipe, f"no recipe named: preparing for {recipe.name}, the recipe of the newest run here ({run})"
-    recipe = load_recipe(DEMO_RECIPE, overrides)
-    return (
-        recipe,
-        f"no recipe named and no run here: making the built-in demo data set and preparing it for {recipe.name}",
-    )
+        return recipe, f"no recipe named: preparing for {recipe.name}, the recipe of the newest run here ({run})", run
+    recipe = load_recipe(DEMO_RECIPE)
+    why = f"no recipe named and no run here: making the built-in demo data set and preparing it for {recipe.name}"
+    return recipe, why, None

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from ctseg.commands.common import JsonFlag, Overrides, emit, pairs
+from ctseg.commands.common import JsonFlag, Overrides, emit, pairs, say
 from ctseg.errors import CtsegError
-from ctseg.files import output_errors
+from ctseg.files import atomic_path
 from ctseg.recipe import Recipe, load_recipe, recipe_names, recipe_path, variant_names
 from ctseg.report.tables import render_table
 
@@ -22,6 +22,10 @@ def recipes(
     as_json: JsonFlag = False,
 ) -> None:
     """List the recipes, or show one as a card (--json adds the network's parameter count)."""
+    if name is None and (copy or overrides):
+        raise CtsegError("--copy and --set need the NAME of a recipe")
+    if copy and overrides:
+        raise CtsegError("--copy copies the file as it is, --set would be lost; edit the copy instead")
     if name is None:
         _list(as_json)
     elif copy is not None:
@@ -33,7 +37,7 @@ def recipes(
             True,
         )
     else:
-        typer.echo(_card(load_recipe(name, overrides)))
+        say(_card(load_recipe(name, overrides)))
 
 
 def _list(as_json: bool) -> None:
@@ -50,10 +54,11 @@ def _copy(name: str, target: Path) -> None:
         raise CtsegError(f"'{target}' exists; name a new file")
     if target.suffix != ".toml":
         raise CtsegError(f"'{target}': a recipe's file must end in .toml")
-    with output_errors(target):
-        shutil.copyfile(recipe_path(name), target)
+    load_recipe(name)  # a copy of a recipe that cannot be trained would help nobody
+    with atomic_path(target) as temporary:
+        shutil.copyfile(recipe_path(name), temporary)
     variant = name.rpartition(":")[2] if ":" in name else ""
-    typer.echo(f"copied to {target}; train it with: ctseg train {target}{':' + variant if variant else ''}")
+    say(f"copied to {target}; train it with: ctseg train {target}{':' + variant if variant else ''}")
 
 
 def _parameters(recipe: Recipe) -> int:

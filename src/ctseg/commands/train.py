@@ -24,8 +24,10 @@ from ctseg.commands.common import (
     pairs,
 )
 from ctseg.errors import CtsegError, RecipeError
+from ctseg.manifest import find_manifest
 from ctseg.progress import make_progress
 from ctseg.recipe import Recipe, load_recipe
+from ctseg.sources.catalogue import PHANTOM, find_data
 from ctseg.workspace import PREPARED, RECIPE_FILE, new_run, newest_run, run_recipe
 
 if TYPE_CHECKING:
@@ -52,21 +54,26 @@ def train(
 ) -> None:
     """Train a recipe; progress and curves go to the run folder."""
     wanted = load_recipe(recipe, overrides)
+    if resume and (manifest or data):
+        raise CtsegError("--resume: goes on with the data of the run, so --manifest and --data cannot be given")
     run = _resumed_run(wanted, output) if resume else _fresh_run(wanted, output)
-    from ctseg.engine.launch import check_gpus, is_launched, launch
-
     if gpus is not None:
+        from ctseg.engine.launch import check_gpus, is_launched, launch
+
         check_gpus(gpus, device)
-        if gpus > 1 and not is_launched():
-            launch(gpus, [*sys.argv[1:], "--output", str(run)])
-            return
+    source = manifest or wanted.data.manifest
+    if not resume and source != PHANTOM:  # made when it is needed
+        find_manifest(source, data).split("training")
+    if gpus is not None and gpus > 1 and not is_launched():
+        launch(gpus, [*sys.argv[1:], "--output", str(run)])
+        return
     from ctseg.engine import train as engine
     from ctseg.engine.runtime import running, stop_on_signal
-    from ctseg.sources.catalogue import find_data
 
-    find = None if resume else partial(find_data, manifest or wanted.data.manifest, data)
+    find = None if resume else partial(find_data, source, data)
     with running(device, precision, amp=wanted.training.amp) as runtime:
         with stop_on_signal() as stop_requested, make_progress(quiet or not runtime.is_main) as progress:
+            run = runtime.gather(run)[0]  # torchrun's processes look for a free name at different moments
             progress.note(f"run {run} on {runtime.describe()}")
             result = engine.train(wanted, run, find, runtime, progress, prepared, stop_requested)
         if runtime.is_main:
@@ -74,6 +81,8 @@ def train(
 
 
 def _fresh_run(recipe: Recipe, output: Path | None) -> Path:
+    if output is not None and output.is_file():
+        raise CtsegError(f"--output {output}: must be a folder, got a file")
     if output is not None and (output / RECIPE_FILE).exists() and "RANK" not in os.environ:
         raise CtsegError(f"'{output}' already holds a run; continue it with --resume or choose another --output")
     return output or new_run(recipe)

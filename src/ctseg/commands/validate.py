@@ -22,13 +22,12 @@ from ctseg.errors import CasesFailed, CtsegError
 from ctseg.files import make_folder
 from ctseg.manifest import SPLITS, read_manifest
 from ctseg.progress import make_progress
-from ctseg.report.scores import write_evaluation
-from ctseg.workspace import DATA_FILE, resolve_model, run_of
+from ctseg.sources.catalogue import find_data
+from ctseg.workspace import DATA_FILE, resolve_model, run_of, run_recipe
 
 if TYPE_CHECKING:
     from ctseg.engine.evaluate import Evaluation
-    from ctseg.engine.model import Model
-    from ctseg.manifest import Manifest
+    from ctseg.manifest import Case
     from ctseg.progress import Progress
 
 
@@ -40,6 +39,7 @@ def validate(
     output: Annotated[
         Path | None, typer.Option(help="Folder of the tables. Default: validation-SPLIT in the run.")
     ] = None,
+    overlays: Annotated[bool, typer.Option("--overlays", help="Also draw a picture of every case.")] = False,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
     as_json: JsonFlag = False,
@@ -49,16 +49,19 @@ def validate(
     if split not in SPLITS:
         raise CtsegError(f"--split {split}: expected one of {', '.join(SPLITS)}")
     path = resolve_model(model)
-    target = make_folder(output or (run_of(path) or Path()) / f"validation-{split}")
-    from ctseg.engine.evaluate import evaluate
-    from ctseg.engine.model import load_model
-    from ctseg.engine.runtime import running
+    target = output or (run_of(path) or Path()) / f"validation-{split}"
+    with make_progress(quiet) as progress:
+        found = _find_cases(path, manifest, data, split, progress)
+        make_folder(target)
+        from ctseg.engine.evaluate import evaluate, write_evaluation
+        from ctseg.engine.model import load_model
+        from ctseg.engine.runtime import running
 
-    with running(device, precision, amp=True) as runtime, make_progress(quiet) as progress:
-        loaded = load_model(path, runtime)
-        progress.note(f"model {path} on {runtime.describe()}")
-        cases = _find_cases(loaded, manifest, data, progress).split(split)
-        evaluation = evaluate(loaded, cases, progress)
+        with running(device, precision, amp=True) as runtime:
+            loaded = load_model(path, runtime)
+            progress.note(f"model {path} on {runtime.describe()}")
+            cases = found or find_data(loaded.recipe.data.manifest, data, progress).split(split)
+            evaluation = evaluate(loaded, cases, progress, target / "overlays" if overlays else None)
     write_evaluation(target, evaluation, path, split)
     emit(
         {**evaluation.to_dict(), "model": path, "split": split, "folder": target},
@@ -69,14 +72,16 @@ def validate(
         raise CasesFailed(f"{len(evaluation.failed)} of {len(cases)} cases failed; see {target / 'cases.csv'}")
 
 
-def _find_cases(model: Model, manifest: str | None, data: Path | None, progress: Progress) -> Manifest:
-    """The cases the user names, else those of the model's run, else those of its recipe."""
-    from ctseg.sources.catalogue import find_data
-
-    run = run_of(model.path)
-    if manifest is None and data is None and run is not None and (run / DATA_FILE).is_file():
-        return read_manifest(run / DATA_FILE)
-    return find_data(manifest or model.recipe.data.manifest, data, progress)
+def _find_cases(
+    model: Path, manifest: str | None, data: Path | None, split: str, progress: Progress
+) -> tuple[Case, ...] | None:
+    """The cases the user names, else those of the model's run; None where only the recipe inside the model says."""
+    run = run_of(model)
+    if run is not None and manifest is None and data is None and (run / DATA_FILE).is_file():
+        return read_manifest(run / DATA_FILE).split(split)
+    if manifest is None and run is not None:
+        manifest = run_recipe(run).data.manifest
+    return None if manifest is None else find_data(manifest, data, progress).split(split)
 
 
 def _text(evaluation: Evaluation, model: Path, folder: Path) -> str:

@@ -138,7 +138,7 @@ def _prepare_case(folder: Path, case: Case, spec: Preprocess, num_labels: int) -
         "label": label_XYZ,
         "foreground": np.flatnonzero(label_XYZ).astype(np.int32),
     }
-    _write_case(folder, arrays, {"source": source, "shape": list(image_XYZ.shape)})
+    _write_case(folder, case, arrays, {"source": source, "shape": list(image_XYZ.shape)})
 
 
 def _foreground_box(image_XYZ: NDArray[np.float32]) -> tuple[slice, ...]:
@@ -150,17 +150,19 @@ def _foreground_box(image_XYZ: NDArray[np.float32]) -> tuple[slice, ...]:
     return tuple(box)
 
 
-def _write_case(folder: Path, arrays: dict[str, NDArray[Any]], description: dict[str, Any]) -> None:
+def _write_case(folder: Path, case: Case, arrays: dict[str, NDArray[Any]], description: dict[str, Any]) -> None:
     """All files of a case in a temporary folder, then one rename; `case.json` marks a whole case."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     with output_errors(folder):
         try:
+            shutil.rmtree(temporary, ignore_errors=True)  # a killed run in a container may have had our process id
             temporary.mkdir(parents=True)
             for name, array in arrays.items():
                 np.save(temporary / f"{name}.npy", np.ascontiguousarray(array))
             (temporary / "case.json").write_text(json.dumps(description))
-            shutil.rmtree(folder, ignore_errors=True)
-            temporary.rename(folder)
+            if not _is_ready(folder, case):  # unless another run has made it meanwhile, and may be reading it
+                shutil.rmtree(folder, ignore_errors=True)
+                temporary.rename(folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 

@@ -8,7 +8,9 @@ and dictionaries, no code.
 from __future__ import annotations
 
 import hashlib
+import io
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,10 @@ BEST, LAST = "best.pt", "last.pt"
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Writes `content` (plain data and tensors) under the format's name and version, atomically."""
+    buffer = io.BytesIO()  # torch's own file writer hides a full disk behind a RuntimeError
+    torch.save({"format": FORMAT, "version": VERSION, "ctseg": ctseg.__version__, **content}, buffer)
     with atomic_path(path) as temporary:
-        torch.save({"format": FORMAT, "version": VERSION, "ctseg": ctseg.__version__, **content}, temporary)
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def read_checkpoint(path: Path, device: torch.device | None = None) -> dict[str, Any]:
@@ -36,12 +40,14 @@ def read_checkpoint(path: Path, device: torch.device | None = None) -> dict[str,
         ModelError: if the file is missing, damaged, holds anything but plain data, or is not from ctseg.
     """
     try:
-        content = torch.load(path, map_location=device or "cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about foreign pickles, which are refused anyway
+            content = torch.load(path, map_location=device or "cpu", weights_only=True)
     except FileNotFoundError as error:
         raise ModelError(f"checkpoint '{path}': no such file") from error
     except pickle.UnpicklingError as error:
         raise ModelError(f"checkpoint '{path}': holds more than plain data (or is damaged); refused") from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # damaged bytes make the unpickler fail in any way: IndexError, struct.error, ...
         raise ModelError(f"checkpoint '{path}': damaged or not a checkpoint ({_first_line(error)})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ModelError(f"checkpoint '{path}': not written by ctseg; expected format '{FORMAT}'")

@@ -9,21 +9,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ctseg.engine.evaluate import Evaluation, evaluate
-from ctseg.engine.export import SUFFIXES, ExportReport, export
-from ctseg.engine.infer import find_jobs, infer
+from ctseg.engine.evaluate import Evaluation, evaluate, write_evaluation
+from ctseg.engine.export import ExportReport, export
+from ctseg.engine.infer import infer
 from ctseg.engine.model import load_model
 from ctseg.engine.runtime import Runtime
 from ctseg.engine.train import train
 from ctseg.errors import CtsegError
-from ctseg.io.images import read_image, read_labels
+from ctseg.jobs import find_jobs
 from ctseg.manifest import read_manifest
 from ctseg.progress import Progress
 from ctseg.recipe import Recipe
-from ctseg.report.figures import draw_overlay
-from ctseg.report.scores import write_evaluation
 from ctseg.sources.catalogue import find_data
-from ctseg.workspace import DATA_FILE, RECIPE_FILE, run_recipe
+from ctseg.workspace import DATA_FILE, EXPORT_SUFFIXES, RECIPE_FILE, run_recipe
 
 
 @dataclass(frozen=True)
@@ -61,17 +59,12 @@ def run_demo(recipe: Recipe, folder: Path, runtime: Runtime, progress: Progress)
     trained = train(recipe, run, find, runtime, progress, folder / "prepared")
     model = load_model(trained.checkpoint, runtime)
     cases = read_manifest(run / DATA_FILE).split("testing")
-    evaluation = evaluate(model, cases, progress)
+    evaluation = evaluate(model, cases, progress, folder / "overlays")
     write_evaluation(run / "validation-testing", evaluation, trained.checkpoint, "testing")
-    masks, overlays = folder / "masks", folder / "overlays"
-    jobs = find_jobs([case.image for case in cases], masks)
-    infer(model, jobs, masks, progress)
-    for case, job in zip(cases, jobs, strict=True):
-        label = read_labels(case.label).array if case.label else None
-        mask = read_labels(job.mask).array
-        draw_overlay(overlays / f"{case.name}.png", read_image(case.image), mask, label, (-150.0, 250.0), case.name)
+    masks = folder / "masks"
+    infer(model, find_jobs([case.image for case in cases], masks), masks, progress)
     exports = tuple(
-        export(trained.checkpoint, kind, run / f"model{suffix}", runtime) for kind, suffix in SUFFIXES.items()
+        export(trained.checkpoint, kind, run / f"model{suffix}", runtime) for kind, suffix in EXPORT_SUFFIXES.items()
     )
     seconds = time.perf_counter() - started
     return DemoResult(folder, evaluation, exports, _contents(folder, run), seconds)

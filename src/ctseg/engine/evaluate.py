@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,9 +23,11 @@ from ctseg.engine.bank import read_case
 from ctseg.engine.model import Model
 from ctseg.engine.predict import predict, scores_from_logits, window_logits
 from ctseg.errors import CtsegError
+from ctseg.files import make_folder, write_csv, write_json
 from ctseg.manifest import Case
 from ctseg.metrics import dice, mean_or_none, sd_or_none
 from ctseg.progress import Progress
+from ctseg.report.overlay import draw_overlay
 from ctseg.sampling import CaseArrays
 
 
@@ -77,20 +80,20 @@ class Evaluation:
         return {"mean_dice": self.mean_dice, **dataclasses.asdict(self)}
 
 
-def evaluate(model: Model, cases: tuple[Case, ...], progress: Progress) -> Evaluation:
-    """Dice of every structure and case on the label's own native grid."""
+def evaluate(model: Model, cases: tuple[Case, ...], progress: Progress, overlays: Path | None = None) -> Evaluation:
+    """Dice of every structure and case on the label's own native grid; pictures in the folder `overlays` if given."""
     scores: list[CaseScore] = []
     progress.start(f"validating {model.recipe.name}", len(cases))
     for case in cases:
-        scores.extend(score_case(model, case))
+        scores.extend(score_case(model, case, overlays))
         progress.advance(_detail(scores[-1]))
     progress.finish()
     structures = tuple(model.recipe.labels.values())
     return Evaluation(tuple(scores), tuple(summarise(name, scores) for name in structures))
 
 
-def score_case(model: Model, case: Case) -> list[CaseScore]:
-    """The scores of one case, or one failed entry for each structure."""
+def score_case(model: Model, case: Case, overlays: Path | None = None) -> list[CaseScore]:
+    """The scores of one case, or one failed entry for each structure; `CASE.png` in `overlays` if given."""
     started = time.perf_counter()
     structures = {int(value): name for value, name in model.recipe.labels.items()}
     try:
@@ -101,6 +104,9 @@ def score_case(model: Model, case: Case) -> list[CaseScore]:
         return [CaseScore(case.name, name, None, None, None, seconds, str(error)) for name in structures.values()]
     voxel_ml = image.geometry.voxel_volume_ml
     seconds = time.perf_counter() - started
+    if overlays is not None:
+        path = make_folder(overlays) / f"{case.name}.png"
+        draw_overlay(path, image, mask, labels.array, model.recipe.preprocess.hu_window, case.name)
     return [
         CaseScore(
             case=case.name,
@@ -129,6 +135,14 @@ def summarise(structure: str, scores: list[CaseScore]) -> Summary:
         min_dice=min(values, default=None),
         max_dice=max(values, default=None),
     )
+
+
+def write_evaluation(folder: Path, evaluation: Evaluation, model: Path, split: str) -> None:
+    """Writes `cases.csv` (a row for each case and structure) and `summary.json` into `folder`."""
+    make_folder(folder)
+    columns = [field.name for field in dataclasses.fields(CaseScore)]
+    write_csv(folder / "cases.csv", columns, [dataclasses.asdict(s) for s in evaluation.scores])
+    write_json(folder / "summary.json", {"model": str(model), "split": split, **evaluation.to_dict()})
 
 
 def bank_dice(model: Model, case: CaseArrays, overlap: float) -> list[float]:

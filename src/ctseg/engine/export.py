@@ -6,7 +6,9 @@ the labels that follow from them. A file that is out of tolerance is not kept.
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +27,8 @@ from ctseg.preprocess import prepare
 from ctseg.recipe import Recipe
 from ctseg.sampling import cut_patch
 from ctseg.sources.phantom import make_phantom
+from ctseg.workspace import EXPORT_SUFFIXES
 
-SUFFIXES = {"torchscript": ".ts", "onnx": ".onnx"}
 ONNX_OPSET = 18
 TOLERANCE = 1e-3
 """Largest difference between two logits, relative to the largest logit, that counts as the same answer."""
@@ -57,19 +59,19 @@ def export(checkpoint: Path, file_format: str, output: Path, runtime: Runtime) -
         CtsegError: if the format is unknown.
         ModelError: if the checkpoint cannot be read or the exported file's answer is out of tolerance.
     """
-    if file_format not in SUFFIXES:
-        raise CtsegError(f"format '{file_format}': expected one of {', '.join(SUFFIXES)}")
-    if output.suffix != SUFFIXES[file_format]:
-        raise CtsegError(f"output '{output}': a {file_format} file must end in {SUFFIXES[file_format]}")
+    if file_format not in EXPORT_SUFFIXES:
+        raise CtsegError(f"format '{file_format}': expected one of {', '.join(EXPORT_SUFFIXES)}")
+    if output.suffix != EXPORT_SUFFIXES[file_format]:
+        raise CtsegError(f"output '{output}': a {file_format} file must end in {EXPORT_SUFFIXES[file_format]}")
     recipe, network = load_network(checkpoint)
     network.eval()
     make_folder(output.parent)
     example = torch.zeros((1, 1, *recipe.inference.window_size))
     with atomic_path(output) as temporary:
-        staged = temporary.with_suffix(SUFFIXES[file_format])  # readers go by the suffix
+        staged = temporary.with_suffix(EXPORT_SUFFIXES[file_format])  # readers go by the suffix
         try:
-            writer = _write_torchscript if file_format == "torchscript" else _write_onnx
-            writer(network, example, recipe, staged)
+            convert = _to_torchscript if file_format == "torchscript" else _to_onnx
+            staged.write_bytes(convert(network, example, json.dumps(recipe.to_dict())))
             report = _compare(forward_of(network, runtime), staged, recipe, runtime, file_format)
             staged.rename(temporary)
         finally:
@@ -77,16 +79,18 @@ def export(checkpoint: Path, file_format: str, output: Path, runtime: Runtime) -
     return ExportReport(path=output, format=file_format, input_shape=tuple(example.shape), **report)
 
 
-def _write_torchscript(network: nn.Module, example: Tensor, recipe: Recipe, path: Path) -> None:
+def _to_torchscript(network: nn.Module, example: Tensor, recipe: str) -> bytes:
+    buffer = io.BytesIO()
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit is frozen, not gone; its notice is for developers
         traced = torch.jit.trace(network, example)  # type: ignore[no-untyped-call]
-        torch.jit.save(traced, str(path), _extra_files={RECIPE_ENTRY: json.dumps(recipe.to_dict())})
+        torch.jit.save(traced, buffer, _extra_files={RECIPE_ENTRY: recipe})
+    return buffer.getvalue()
 
 
-def _write_onnx(network: nn.Module, example: Tensor, recipe: Recipe, path: Path) -> None:
-    import onnx
-
+def _to_onnx(network: nn.Module, example: Tensor, recipe: str) -> bytes:
+    # It reports that torchvision, which no network here uses, is not installed.
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's notices are for developers
         program = torch.onnx.export(
@@ -102,8 +106,9 @@ def _write_onnx(network: nn.Module, example: Tensor, recipe: Recipe, path: Path)
     assert program is not None  # it is, with dynamo=True
     model = program.model_proto
     entry = model.metadata_props.add()
-    entry.key, entry.value = RECIPE_ENTRY, json.dumps(recipe.to_dict())
-    onnx.save_model(model, str(path))
+    entry.key, entry.value = RECIPE_ENTRY, recipe
+    content: bytes = model.SerializeToString()
+    return content
 
 
 def _compare(eager: Forward, path: Path, recipe: Recipe, runtime: Runtime, file_format: str) -> dict[str, Any]:

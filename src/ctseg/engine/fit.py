@@ -12,6 +12,7 @@ taken over each process's own patches (over all on CUDA for batch normalisation)
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,7 +105,8 @@ class Trainer:
         try:
             self.network.load_state_dict(content["model"])
             self.optimizer.load_state_dict(content["optimizer"])
-            self.scaler.load_state_dict(content["scaler"])
+            if content["scaler"]:  # empty when saved without mixed precision
+                self.scaler.load_state_dict(content["scaler"])
             self.epoch, self.step = content["epoch"], content["step"]
             self.losses, self.history = content["losses"], content["history"]
         except (KeyError, RuntimeError, ValueError) as error:
@@ -162,6 +164,8 @@ class _Stepper:
         self.cases = cases
         self.loss = build_loss(trainer.recipe.objective)
         distributed = trainer.runtime.world_size > 1
+        if distributed:  # a 1x1x1 kernel's strides are ambiguous; the notice concerns a few hundred bytes
+            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         self.network: nn.Module = DistributedDataParallel(trainer.network) if distributed else trainer.network
 
     def run_epoch(self, run: Path, stop_requested: Callable[[], bool]) -> None:
@@ -190,6 +194,8 @@ class _Stepper:
         if trainer.runtime.is_main:
             trainer.save(run)
         trainer.runtime.wait_for_all()
+        if not trainer.runtime.is_main:
+            raise Stopped  # the main process tells it
         raise Stopped(
             f"stopped by a signal in epoch {trainer.epoch + 1} after step {trainer.step}; "
             f"go on with: ctseg train {trainer.recipe.name} --resume --output {run}"
@@ -243,6 +249,7 @@ def _validate(trainer: Trainer, model: Model, cases: list[CaseArrays], progress:
     """Mean Dice over all cases; each process takes its share of them, each case is counted once."""
     runtime = trainer.runtime
     mine = cases[runtime.rank :: runtime.world_size]
+    #runtime.copy_from_main(trainer.network.buffers())  # batch statistics: those that the checkpoint holds are scored
     trainer.network.eval()
     progress.start("validating", len(mine))
     values = []
@@ -254,11 +261,11 @@ def _validate(trainer: Trainer, model: Model, cases: list[CaseArrays], progress:
 
 
 def _keep(trainer: Trainer, row: Row, run: Path, recorder: Recorder) -> None:
-    """Best weights first, then the checkpoint: killed in between, the epoch is repeated and gives the same."""
+    """The checkpoint last: killed before it, the epoch is repeated and gives the same weights and rows again."""
     if row is trainer.best:
         trainer.save_best(run, row)
-    trainer.save(run)
     recorder.write(trainer.history)
+    trainer.save(run)
 
 
 def _detail(row: Row, best: Row | None) -> str:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import time
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,20 +15,13 @@ from ctseg.engine.predict import OnWindow, predict
 from ctseg.errors import CtsegError, ImageError
 from ctseg.files import make_folder, write_csv, write_json
 from ctseg.io.images import read_image, write_labels
-from ctseg.manifest import IMAGE_SUFFIXES, image_stem, read_manifest
+from ctseg.jobs import FAILURES, Job
+from ctseg.manifest import IMAGE_SUFFIXES, image_stem
 from ctseg.progress import Progress
+from ctseg.report.overlay import draw_overlay
 
 RECORD = "ctseg_model.json"
 """Names the model whose masks a folder holds."""
-FAILURES = "failures.csv"
-
-
-@dataclass(frozen=True)
-class Job:
-    """One CT and where its mask goes."""
-
-    image: Path
-    mask: Path
 
 
 @dataclass(frozen=True)
@@ -45,72 +36,29 @@ class Outcome:
     error: str = ""
 
 
-def find_jobs(inputs: list[Path], output: Path) -> list[Job]:
-    """One job for each CT that `inputs` name, masks below `output`.
-
-    Args:
-        inputs: Image files, folders (searched with their subfolders), or lists (`.txt` with one path a line, or a
-            JSON manifest, whose cases of all splits are taken).
-        output: Folder of the masks. `a/ct.nii.gz` gives `ct_seg.nii.gz`; files from a folder keep their subfolder,
-            and files whose names collide keep the part of their path that tells them apart.
-
-    Raises:
-        CtsegError: if an input does not exist, or none names a CT.
-    """
-    found: list[tuple[Path, Path]] = []  # image, and its path relative to the output
-    for path in inputs:
-        if path.is_dir():
-            found += [(image, image.relative_to(path)) for image in _images_below(path, output)]
-        elif path.suffix in (".txt", ".json"):
-            found += _told_apart([case.image for case in read_manifest(path).cases])
-        elif path.exists():
-            found.append((path, Path(path.name)))
-        else:
-            raise CtsegError(f"input '{path}': no such file or folder")
-    if len({relative for _, relative in found}) < len({image.absolute() for image, _ in found}):
-        found = _told_apart([image for image, _ in found])
-    if not found:
-        raise CtsegError(f"no CT in {', '.join(map(str, inputs))}; known suffixes: {', '.join(IMAGE_SUFFIXES)}")
-    unique = {image.absolute(): (image, relative) for image, relative in found}
-    return [Job(image, output / _mask_name(relative)) for image, relative in unique.values()]
-
-
-def _images_below(folder: Path, output: Path) -> list[Path]:
-    files = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name.lower().endswith(IMAGE_SUFFIXES))
-    inside = output.absolute()
-    return [p for p in files if not p.name.startswith(".") and not p.absolute().is_relative_to(inside)]
-
-
-def _told_apart(images: list[Path]) -> list[tuple[Path, Path]]:
-    """Images by file name alone where that is unique, else by the path below their common folder."""
-    repeated = {name for name, n in Counter(image.name for image in images).items() if n > 1}
-    common = Path(os.path.commonpath([image.absolute().parent for image in images])) if images else Path()
-    named = [image.absolute().relative_to(common) if image.name in repeated else Path(image.name) for image in images]
-    return list(zip(images, named, strict=True))
-
-
-def _mask_name(relative: Path) -> Path:
-    """`a/ct.nii.gz` -> `a/ct_seg.nii.gz`; an unknown suffix becomes `.nii.gz` (and is refused on reading)."""
-    stem = image_stem(relative)
-    suffix = relative.name[len(stem) :]
-    return relative.with_name(f"{stem}_seg{suffix if suffix.lower() in IMAGE_SUFFIXES else '.nii.gz'}")
-
-
-def infer(model: Model, jobs: list[Job], output: Path, progress: Progress, *, overwrite: bool = False) -> list[Outcome]:
+def infer(
+    model: Model,
+    jobs: list[Job],
+    output: Path,
+    progress: Progress,
+    *,
+    overwrite: bool = False,
+    overlays: bool = False,
+) -> list[Outcome]:
     """Writes the mask of every job that is not done yet; one outcome for each, in order.
 
     A mask is done when it is there and not older than its CT. Failed ones are listed in `failures.csv`.
 
     Raises:
         OutputError: if masks cannot be written; finished ones stay.
-        CtsegError: if `output` holds another model's masks and `overwrite` is off.
+        CtsegError: if `output` holds another model's masks, unless `overwrite` is on and `jobs` replace them all.
     """
     make_folder(output)
     _claim(output, model, jobs, overwrite)
     outcomes = []
     progress.start(f"segmenting with {model.recipe.name}", len(jobs))
     for job in jobs:
-        outcomes.append(_run(model, job, progress, overwrite))
+        outcomes.append(_run(model, job, progress, overwrite, overlays))
         progress.advance(f"{job.image.name}: {outcomes[-1].error or outcomes[-1].status}")
     progress.finish()
     _write_failures(output, outcomes)
@@ -130,6 +78,14 @@ def _claim(output: Path, model: Model, jobs: list[Job], overwrite: bool) -> None
                 f"'{output}' holds masks of another model ({present.get('recipe')}, {present.get('model')}); "
                 f"choose another --output, or --overwrite to replace them"
             )
+        replaced = {job.mask for job in jobs}
+        masks = (path for path in sorted(output.rglob("*_seg.*")) if path.name.lower().endswith(IMAGE_SUFFIXES))
+        left = [mask for mask in masks if mask not in replaced]
+        if left:
+            raise CtsegError(
+                f"'{output}' holds {len(left)} masks of another model that would stay, e.g. '{left[0]}'; "
+                f"choose another --output"
+            )
         for job in jobs:
             job.mask.unlink(missing_ok=True)
     write_json(output / RECORD, record)
@@ -148,7 +104,7 @@ def show_windows(progress: Progress, name: str) -> OnWindow:
     return on_window
 
 
-def _run(model: Model, job: Job, progress: Progress, overwrite: bool) -> Outcome:
+def _run(model: Model, job: Job, progress: Progress, overwrite: bool, overlays: bool) -> Outcome:
     if not overwrite and _is_done(job):
         return Outcome(job.image, job.mask, "skipped", {}, 0.0)
     started = time.perf_counter()
@@ -162,6 +118,9 @@ def _run(model: Model, job: Job, progress: Progress, overwrite: bool) -> Outcome
         return Outcome(job.image, job.mask, "failed", {}, time.perf_counter() - started, text)
     make_folder(job.mask.parent)
     write_labels(job.mask, mask, volume.geometry)
+    if overlays:
+        picture = job.mask.with_name(f"{image_stem(job.mask)}.png")
+        draw_overlay(picture, volume, mask, None, model.recipe.preprocess.hu_window, job.image.name)
     counts = np.bincount(mask.ravel(order="K"), minlength=model.recipe.num_classes)
     volumes = {n: float(counts[int(v)]) * volume.geometry.voxel_volume_ml for v, n in model.recipe.labels.items()}
     return Outcome(job.image, job.mask, "done", volumes, time.perf_counter() - started)

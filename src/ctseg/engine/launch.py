@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
 import sys
 import uuid
 
@@ -45,13 +47,16 @@ def launch(number: int, arguments: list[str]) -> None:
         rdzv_endpoint="localhost:0",
         max_restarts=0,
     )
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
+    # Elastic hands SIGTERM on to its processes but does not know Slurm's SIGUSR1.
+    signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     try:
         elastic_launch(config, sys.executable)("-m", "ctseg", *arguments)
     except SignalException as error:
-        raise Stopped("stopped by a signal; every process has saved its state, go on with --resume") from error
+        raise Stopped from error  # the main process has told it
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode == Stopped.exit_code:
-            raise Stopped("stopped by a signal; go on with --resume") from error
+            raise Stopped from error
         message = f"process {rank + 1} of {number} failed with exit code {failure.exitcode}; its error is above"
         raise CtsegError(message) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +33,6 @@ class Model:
     runtime: Runtime
     path: Path
     sha256: str
-    max_batch_windows: int | None = None
-    """Windows per call that the file allows, None for any number."""
 
 
 def load_model(path: Path, runtime: Runtime) -> Model:
@@ -87,7 +86,9 @@ def _from_checkpoint(path: Path, runtime: Runtime) -> tuple[Recipe, Forward]:
 def _from_torchscript(path: Path, runtime: Runtime) -> tuple[Recipe, Forward]:
     extra: dict[str, Any] = {RECIPE_ENTRY: ""}
     try:
-        network = torch.jit.load(str(path), map_location=runtime.device, _extra_files=extra)  # type: ignore[no-untyped-call]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit is frozen, not gone
+            network = torch.jit.load(str(path), map_location=runtime.device, _extra_files=extra)  # type: ignore[no-untyped-call]
     except (RuntimeError, ValueError, OSError) as error:
         raise ModelError(f"model '{path}': not a readable TorchScript file") from error
     recipe = _recipe_entry(extra[RECIPE_ENTRY], path)

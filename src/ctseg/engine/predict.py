@@ -54,7 +54,7 @@ def window_logits(model: Model, image_XYZ: Tensor, inference: Inference, on_wind
     num_classes = model.recipe.num_classes
     channels = 1 if num_classes == 2 else num_classes
     total_CXYZ = torch.zeros((channels, *shape), device=image_XYZ.device)
-    batch = inference.batch_windows if image_XYZ.device.type == "cuda" else 1
+    batch = inference.batch_windows if model.runtime.device.type == "cuda" else 1
     for first in range(0, len(starts), batch):
         group = [_box(start, inference.window_size) for start in starts[first : first + batch]]
         logits_BCXYZ = model.forward(torch.stack([image_XYZ[box] for box in group]).unsqueeze(1))

@@ -8,7 +8,7 @@ from typing import Any
 
 from ctseg.files import write_csv, write_text
 from ctseg.recipe import Recipe
-from ctseg.report.figures import draw_training_curves
+from ctseg.report.curves import draw_training_curves
 
 COLUMNS = ("epoch", "loss", "mean_dice", "lr")
 
@@ -32,8 +32,7 @@ class Recorder:
         for name in ("loss", "mean_dice", "lr"):
             if row[name] is not None:
                 self.events.add_scalar(name, row[name], row["epoch"])
-        if row["mean_dice"] is not None:
-            self.events.flush()
+        self.events.flush()  # before the checkpoint is written, so that a killed run misses no epoch
 
     def draw(self, history: list[dict[str, Any]]) -> None:
         """Draws `curves.png`: loss per epoch and validation mean Dice per epoch."""

@@ -7,7 +7,7 @@ import os
 import platform
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 
 from ctseg.errors import DeviceError
 
@@ -60,6 +60,12 @@ class Runtime:
         values: list[Any] = [None] * self.world_size
         distributed.all_gather_object(values, value)
         return values
+
+    def copy_from_main(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrites every process's `tensors` with those of the main one."""
+        if self.world_size > 1:
+            for tensor in tensors:
+                distributed.broadcast(tensor, src=0)
 
     def wait_for_all(self) -> None:
         """Returns once every process is here."""

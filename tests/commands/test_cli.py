@@ -1,0 +1,241 @@
+"""Help and every wrong use are answered at once: before torch, MONAI or SimpleITK are imported."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+import ctseg
+from ctseg.files import write_json
+from ctseg.manifest import read_manifest
+from ctseg.recipe import load_recipe
+from ctseg.workspace import start_run
+
+COMMANDS = ("recipes", "prepare-dataset", "train", "validate", "infer", "export", "doctor", "demo")
+
+
+class Answer(NamedTuple):
+    code: int
+    out: str
+    err: str
+    heavy: list[str]
+
+
+CALLER = """
+import contextlib, io, json, sys
+from ctseg.cli import main
+answers, known = [], set()
+for arguments in json.load(sys.stdin):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        sys.argv = ["ctseg", *arguments]
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code
+    heavy = {"torch", "monai", "SimpleITK", "onnxruntime", "matplotlib"} & sys.modules.keys() - known
+    known |= heavy
+    answers.append([code, out.getvalue(), err.getvalue(), sorted(heavy)])
+json.dump(answers, sys.stdout)
+"""
+"""Reads lists of arguments, runs each in one process, and says what was imported by then."""
+
+HELP = [["--help"], ["-h"], ["--version"], [], *([name, "--help"] for name in COMMANDS)]
+LIGHT = [["recipes"], ["recipes", "--json"], ["recipes", "spleen"], ["recipes", "spleen", "--set", "training.epochs=3"]]
+WRONG = {
+    "nope": "No such command 'nope'",
+    "--nope": "No such option: --nope",
+    "train": "Missing argument",
+    "train spleen more": "Got unexpected extra argument",
+    "train spleen --gpu 2": "No such option: --gpu",
+    "train splen": "recipe 'splen': no such recipe; known: ",
+    "train spleen:big": "recipe 'spleen:big': no variant 'big'; known: ",
+    "train none.toml": "recipe 'none.toml': no such recipe",
+    "train spleen --set training.epochs": "recipe 'spleen': --set training.epochs: expected section.key=value",
+    "train spleen --set training.epoch=3": "recipe 'spleen': training.epoch: unknown key; did you mean 'epochs'?",
+    "train spleen --set training.epochs=0": "recipe 'spleen': training.epochs: must be at least 1, got 0",
+    "train spleen --gpus 0": "Invalid value for '--gpus'",
+    "train spleen --gpus two": "Invalid value for '--gpus'",
+    "train spleen --precision half": "Invalid value for '--precision'",
+    "train spleen --data nowhere": "data set 'msd_spleen': no image found below 'nowhere/Task09_Spleen'; fetch it from",
+    "train spleen --manifest none.json": "manifest 'none.json': cannot be read: [Errno 2] No such file",
+    "train spleen --manifest nope": "manifest 'nope': not shipped with ctseg; known: msd_spleen, or name a file",
+    "train spleen --manifest missing.json": "manifest 'missing': file not found: gone.nii.gz",
+    "train spleen --manifest test.json": "manifest 'test': split 'training' has no cases; it has test 1",
+    "train spleen --output runs/spleen-001": "'runs/spleen-001' already holds a run; continue it with --resume",
+    "train spleen --output file": "--output file: must be a folder, got a file",
+    "train spleen:v1 --resume": "--resume: no run of recipe 'spleen:v1' in 'runs/'",
+    "train spleen --resume --output empty": "'empty' is not a run folder",
+    "train spleen --resume --set optimizer.lr=1": "--resume: run 'runs/spleen-001' was started with another recipe; "
+    "it differs in optimizer.lr",
+    "train spleen --resume --data elsewhere": "--resume: goes on with the data of the run",
+    "validate --split trainin": "--split trainin: expected one of training, validation, testing, test",
+    "validate --split testing": "manifest 'test': split 'testing' has no cases; it has test 1",
+    "validate --model none.pt": "model 'none.pt': no such file or folder",
+    "validate --model spleen:v1": "no run of recipe 'spleen:v1' in 'runs/'",
+    "validate --manifest none.json": "manifest 'none.json': cannot be read",
+    "validate --data nowhere": "data set 'msd_spleen': no image found below 'nowhere/Task09_Spleen'",
+    "validate --split test --output file": "cannot write 'file': File exists",
+    "infer": "Missing ",
+    "infer ct.nii.gz": "Missing option '--output'",
+    "infer --output masks": "Missing argument",
+    "infer none.nii.gz --output masks": "input 'none.nii.gz': no such file or folder",
+    "infer empty --output masks": "no CT in empty; known suffixes: .nii.gz, .nii, .nrrd, .mha",
+    "infer none.txt --output masks": "manifest 'none.txt': cannot be read",
+    "infer ct.nii.gz --output file": "cannot write 'file': File exists",
+    "infer cts --output cts": "output 'cts': must not be the input folder 'cts' or hold it",
+    "infer cts --output .": "output '.': must not be the input folder 'cts' or hold it",
+    "infer ct.nii.gz ct_seg.nii.gz --output .": "'ct_seg.nii.gz' is an input and would be the mask of 'ct.nii.gz'",
+    "infer ct.nii.gz --output masks --model none.pt": "model 'none.pt': no such file or folder",
+    "infer ct.nii.gz --output masks --model empty": "run 'empty': no checkpoint yet (best.pt or last.pt)",
+    "export --format tflite": "Invalid value for '--format'",
+    "export --model none.pt": "model 'none.pt': no such file or folder",
+    "export --model model.ts": "model 'model.ts': already exported",
+    "export --format onnx --output model.ts": "--output model.ts: a onnx file must end in .onnx",
+    "export --output file/model.ts": "cannot write 'file': File exists",
+    "recipes splen": "recipe 'splen': no such recipe",
+    "recipes spleen --set training.epochs=x": "recipe 'spleen': training.epochs: expected int, got 'x'",
+    "recipes --set training.epochs=3": "--copy and --set need the NAME of a recipe",
+    "recipes --copy mine.toml": "--copy and --set need the NAME of a recipe",
+    "recipes spleen --copy mine.toml --set training.epochs=3": "--copy copies the file as it is",
+    "recipes spleen --copy mine.txt": "'mine.txt': a recipe's file must end in .toml",
+    "recipes spleen --copy there.toml": "'there.toml' exists; name a new file",
+    "recipes spleen:big --copy mine.toml": "recipe 'spleen:big': no variant 'big'",
+    "recipes spleen --copy none/mine.toml": "cannot write 'none/mine.toml': No such file or directory",
+    "prepare-dataset splen": "recipe 'splen': no such recipe",
+    "prepare-dataset --set training.epochs=3": "--set needs the name of the RECIPE that it changes",
+    "prepare-dataset spleen --data nowhere --quiet": "data set 'msd_spleen': no image found below 'nowhere/",
+    "prepare-dataset spleen --manifest none.json --quiet": "manifest 'none.json': cannot be read",
+    "prepare-dataset spleen --manifest test.json --quiet": "manifest 'test': split 'training' has no cases",
+    "prepare-dataset spleen --manifest training.json --prepared file --quiet": "cannot write 'file': File exists",
+    "doctor now": "Got unexpected extra argument",
+    "demo --output file": "cannot write 'file': File exists",
+}
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one run of `spleen`, whose model nobody may need to open."""
+    folder = tmp_path_factory.mktemp("here")
+    for name in ("ct.nii.gz", "ct_seg.nii.gz", "file", "there.toml", "model.ts", "cts/ct.nii.gz", "empty/readme"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+    write_json(folder / "missing.json", {"training": ["gone.nii.gz"]})
+    write_json(folder / "training.json", {"training": ["ct.nii.gz"]})
+    write_json(folder / "test.json", {"test": ["ct.nii.gz"]})
+    start_run(folder / "runs" / "spleen-001", load_recipe("spleen"), read_manifest(folder / "test.json"))
+    (folder / "runs" / "spleen-001" / "best.pt").touch()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def answers(here: Path) -> dict[str, Answer]:
+    """What one fresh process answers to each of these command lines, and what it had imported by then."""
+    calls = [*HELP, *LIGHT, *(line.split() for line in WRONG)]
+    done = subprocess.run(
+        [sys.executable, "-c", CALLER], input=json.dumps(calls), cwd=here, capture_output=True, text=True, check=True
+    )
+    found = json.loads(done.stdout)
+    return {" ".join(call): Answer(*answer) for call, answer in zip(calls, found, strict=True)}
+
+
+@pytest.mark.parametrize("line", [" ".join(call) for call in [*HELP, *LIGHT]])
+def test_help_and_lists_are_light(answers: dict[str, Answer], line: str):
+    code, out, err, heavy = answers[line]
+    assert (code, err, heavy) == (0, "", [])
+    assert out.strip()
+
+
+@pytest.mark.parametrize(("line", "message"), WRONG.items(), ids=list(WRONG))
+def test_wrong_use_is_one_line_at_once(answers: dict[str, Answer], line: str, message: str):
+    code, out, err, heavy = answers[line]
+    assert err.startswith(f"ctseg: {message}")
+    assert err.count("\n") == 1
+    assert err.endswith("\n")
+    assert (code, out, heavy) == (2, "", [])
+
+
+def test_wrong_use_leaves_nothing_behind(answers: dict[str, Answer], here: Path):
+    assert sorted(path.name for path in here.iterdir()) == [
+        "ct.nii.gz", "ct_seg.nii.gz", "cts", "empty", "file", "missing.json", "model.ts", "runs",
+        "test.json", "there.toml", "training.json",
+    ]  # fmt: skip
+    assert not (here / "file").read_bytes()
+
+
+def test_help_names_every_command_and_the_exit_codes(answers: dict[str, Answer]):
+    text = answers["--help"].out
+    assert answers[""].out == answers["-h"].out == text
+    assert answers["--version"].out == f"ctseg {ctseg.__version__}\n"
+    for word in (*COMMANDS, "0 done", "1 some cases failed", "2", "75 stopped"):
+        assert word in text
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_a_command_names_its_options(answers: dict[str, Answer], name: str):
+    text = answers[f"{name} --help"].out
+    assert f"ctseg {name}" in text
+    assert "--json" in text
+
+
+def test_several_problems_stand_on_several_lines(here: Path, run_cli: Callable[..., Any]):
+    result = run_cli(here, "train", "spleen", "--set", "training.epochs=0", "--set", "x=1")
+    assert result.code == 2
+    assert result.err.splitlines()[0] == "ctseg: recipe 'spleen': 2 problems"
+    assert len(result.err.splitlines()) == 3
+
+
+def test_more_gpus_than_there_are(here: Path, run_cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch):
+    """Whether the data are there or not: no GPU is the first thing to know."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for source in ([], ["--manifest", "test.json"]):
+        result = run_cli(here, "train", "spleen", "--gpus", "2", *source)
+        expected = "ctseg: --gpus 2: 0 CUDA GPU(s) here; use fewer, or --device cpu\n"
+        assert (result.code, result.out, result.err) == (2, "", expected)
+
+
+def test_control_characters_of_a_name_do_not_reach_the_terminal(here: Path, run_cli: Callable[..., Any]):
+    result = run_cli(here, "train", "\x1b[31mred")
+    assert result.err.startswith("ctseg: recipe '?[31mred': no such recipe")
+
+
+def test_a_bug_keeps_its_traceback(here: Path, run_cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch):
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("ctseg.commands.recipes._list", broken)
+    with pytest.raises(ZeroDivisionError):
+        run_cli(here, "recipes")
+
+
+def test_interrupted(here: Path, run_cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch):
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ctseg.commands.recipes._list", interrupt)
+    result = run_cli(here, "recipes")
+    assert result.code == 130
+    assert result.err.endswith("ctseg: interrupted\n")
+
+
+def ctseg_into(stdout: object, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ctseg", *arguments]
+    return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False)
+
+
+def test_a_reader_that_left_is_no_error():
+    with subprocess.Popen(["true"], stdin=subprocess.PIPE) as reader:
+        reader.wait()
+        done = ctseg_into(reader.stdin, "recipes", "spleen")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_stdout_on_a_full_disk():
+    with Path("/dev/full").open("w") as full:
+        done = ctseg_into(full, "recipes", "--json")
+    expected = "ctseg: cannot write the result to stdout: No space left on device; free space\n"
+    assert (done.returncode, done.stderr) == (2, expected)

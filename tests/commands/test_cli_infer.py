@@ -1,0 +1,351 @@
+"""`ctseg infer` on good, bad and hostile input: one line for each bad file, the others done, nothing half-written."""
+
+import csv
+import gzip
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+import SimpleITK
+from nibabel.nifti1 import Nifti1Header
+
+from ctseg.io.images import read_geometry, read_labels
+
+SIZE = (16, 14, 12)
+AFFINE = np.diag([-5.0, -5.0, 5.0, 1.0])
+
+BAD = {
+    "truncated.nii.gz": "truncated: the compressed data end early; copy it again",
+    "text.nii": "not NIfTI: it must begin with a header of 348 or 540 bytes",
+    "empty.nii.gz": "the file is empty",
+    "flat.nii.gz": "a volume has three axes, got a 2D image of 16 x 14; stack its slices first",
+    "series.nii.gz": "one volume per file, got 2 (16 x 14 x 12 x 2); split it into 3D files",
+    "nan.nii.gz": "every voxel must be a number, got 3 NaN or infinite",
+    "constant.nii.gz": "every voxel is -1000: not a CT",
+    "spacing.nii": "spacing must be positive, got ",
+    "sheared.nii": "axes must be at right angles, got a shear of 0.196",
+    "conflict.nii": "sform/qform conflict: they must agree within half a voxel, got 40 mm (8 voxels) at a corner",
+    "huge.nii": "its header promises 2.7e+13",
+    "picture.png": "its suffix is unknown; convert it",
+    "pipe.nii": "it must be a file, got a device or pipe",
+}
+
+
+def ct(seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(-200, 300, SIZE, dtype=np.int16)
+
+
+def header(array: np.ndarray, sform: np.ndarray = AFFINE, qform: np.ndarray | None = None, **fields: Any) -> bytes:
+    """An uncompressed NIfTI file whose header says what it is told."""
+    head = Nifti1Header()
+    head.set_data_shape(array.shape)
+    head.set_data_dtype(array.dtype)
+    head.set_sform(sform, code=1)
+    if qform is not None:
+        head.set_qform(qform, code=1)
+    head.set_xyzt_units("mm")
+    head["vox_offset"], head["magic"] = 352, b"n+1"
+    for name, value in fields.items():
+        head[name] = value
+    return bytes(head.binaryblock) + bytes(4) + array.tobytes(order="F")
+
+
+def write_bad(folder: Path) -> None:
+    array = ct()
+    nan = array.astype(np.float32)
+    nan[2, 3, 4:7] = [np.nan, np.inf, -np.inf]
+    sheared, shifted, flat = AFFINE.copy(), AFFINE.copy(), AFFINE.copy()
+    sheared[:3, 2] += [1.0, 0, 0]
+    shifted[0, 3] += 40
+    flat[2, 2] = 0
+    contents = {
+        "truncated.nii.gz": gzip.compress(header(array))[:-500],
+        "text.nii": b"dear reader, this is no image\n" * 50,
+        "empty.nii.gz": b"",
+        "flat.nii.gz": gzip.compress(header(array[:, :, 0])),
+        "series.nii.gz": gzip.compress(header(np.stack([array, array], axis=3))),
+        "nan.nii.gz": gzip.compress(header(nan)),
+        "constant.nii.gz": gzip.compress(header(np.full_like(array, -1000))),
+        "spacing.nii": header(array, flat),
+        "sheared.nii": header(array, sheared),
+        "conflict.nii": header(array, qform=shifted),
+        "huge.nii": header(array, dim=[3, 30000, 30000, 30000, 1, 1, 1, 1]),
+        "picture.png": b"\x89PNG",
+    }
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    os.mkfifo(folder / "pipe.nii")
+
+
+def write_good(folder: Path) -> list[Path]:
+    """One CT in each of the four formats, of different voxels."""
+    folder.mkdir(exist_ok=True)
+    paths = [folder / name for name in ("one.nii.gz", "two.nii", "three.nrrd", "four.mha")]
+    for seed, path in enumerate(paths):
+        if ".nii" in path.name:
+            nibabel.save(nibabel.Nifti1Image(ct(seed), AFFINE), path)
+        else:
+            image = SimpleITK.GetImageFromArray(ct(seed).T)
+            image.SetSpacing((5.0, 5.0, 5.0))
+            SimpleITK.WriteImage(image, str(path))
+    return paths
+
+
+def files_below(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory, run_cli: Callable[..., Any], tiny_model: Path) -> tuple[Path, Any]:
+    """A folder in which one call met every kind of bad file between good ones, and what it answered."""
+    folder = tmp_path_factory.mktemp("mixed")
+    good = write_good(folder)
+    write_bad(folder)
+    files = [*good[:2], *(folder / name for name in BAD), *good[2:]]
+    return folder, run_cli(folder, "infer", *(f.name for f in files), "--output", "masks", "--model", tiny_model)
+
+
+def test_the_good_files_are_done(mixed: tuple[Path, Any]):
+    folder, _ = mixed
+    assert files_below(folder / "masks") == [
+        "ctseg_model.json", "failures.csv", "four_seg.mha", "one_seg.nii.gz", "three_seg.nrrd", "two_seg.nii",
+    ]  # fmt: skip
+    for image in ("one.nii.gz", "two.nii", "three.nrrd", "four.mha"):
+        stem, suffix = image.split(".", 1)
+        mask = read_labels(folder / "masks" / f"{stem}_seg.{suffix}")
+        assert mask.geometry.agrees_with(read_geometry(folder / image))
+        assert mask.array.max() <= 1
+
+
+@pytest.mark.parametrize(("name", "rule"), BAD.items(), ids=list(BAD))
+def test_a_bad_file_is_one_line_that_names_it_and_the_rule(mixed: tuple[Path, Any], name: str, rule: str):
+    folder, result = mixed
+    (line,) = [line for line in result.message.splitlines() if name in line]
+    assert line.startswith(f"  cannot read '{name}': ")
+    assert rule in line
+    rows = list(csv.DictReader((folder / "masks" / "failures.csv").read_text().splitlines()))
+    assert [row["error"] for row in rows if row["image"] == name] == [line.strip()]
+
+
+def test_exit_code_and_summary(mixed: tuple[Path, Any]):
+    _, result = mixed
+    assert result.code == 1
+    first, *lines = result.message.splitlines()
+    assert first == f"{len(BAD)} of {len(BAD) + 4} files failed, listed in masks/failures.csv:"
+    assert len(lines) == len(BAD)
+    assert result.out.endswith(f"\n\n4 done, {len(BAD)} failed\n")
+
+
+def test_record_of_the_model(mixed: tuple[Path, Any], tiny_model: Path):
+    import hashlib
+
+    record = json.loads((mixed[0] / "masks" / "ctseg_model.json").read_text())
+    sha256 = hashlib.sha256(tiny_model.read_bytes()).hexdigest()
+    assert record == {"recipe": "spleen:small", "model": "best.pt", "sha256": sha256}
+
+
+@pytest.fixture
+def cts(tmp_path: Path) -> Path:
+    """A folder of good CT."""
+    write_good(tmp_path / "cts")
+    return tmp_path / "cts"
+
+
+def test_json_gives_the_volume_of_the_mask(cli: Callable[..., Any], cts: Path, tiny_model: Path, tmp_path: Path):
+    result = cli("infer", "cts", "--output", "masks", "--model", tiny_model, "--json", "--quiet")
+    assert (result.code, result.err) == (0, "")
+    outcomes = json.loads(result.out)
+    assert [o["image"] for o in outcomes] == ["cts/four.mha", "cts/one.nii.gz", "cts/three.nrrd", "cts/two.nii"]
+    for outcome in outcomes:
+        voxels = np.count_nonzero(read_labels(tmp_path / outcome["mask"]).array)
+        assert outcome["volumes_ml"] == pytest.approx({"spleen": voxels * 0.125})
+        assert (outcome["status"], outcome["error"]) == ("done", "")
+
+
+def test_second_run_skips_what_is_done_and_redoes_what_is_not(
+    cli: Callable[..., Any], cts: Path, tiny_model: Path, tmp_path: Path
+):
+    call = ("infer", "cts", "--output", "masks", "--model", tiny_model, "--json")
+    cli(*call)
+    mask, gone = tmp_path / "masks" / "one_seg.nii.gz", tmp_path / "masks" / "two_seg.nii"
+    before = mask.read_bytes()
+    mask.write_bytes(b"kept as it is")
+    gone.unlink()
+    changed = cts / "four.mha"
+    os.utime(changed, (2**31, 2**31))
+    status = {Path(o["image"]).name: o["status"] for o in json.loads(cli(*call).out)}
+    assert status == {"one.nii.gz": "skipped", "two.nii": "done", "three.nrrd": "skipped", "four.mha": "done"}
+    assert mask.read_bytes() == b"kept as it is"
+    assert {o["status"] for o in json.loads(cli(*call, "--overwrite").out)} == {"done"}
+    assert mask.read_bytes() == before
+
+
+def test_failures_are_forgotten_once_they_are_mended(
+    cli: Callable[..., Any], cts: Path, tiny_model: Path, tmp_path: Path
+):
+    good = (cts / "two.nii").read_bytes()
+    (cts / "two.nii").write_bytes(b"")
+    call = ("infer", "cts", "--output", "masks", "--model", tiny_model)
+    assert cli(*call).code == 1
+    (cts / "two.nii").write_bytes(good)
+    assert cli(*call).code == 0
+    assert not (tmp_path / "masks" / "failures.csv").exists()
+
+
+def test_masks_of_two_models_never_mix(
+    cli: Callable[..., Any], cts: Path, tiny_model: Path, other_model: Path, tmp_path: Path
+):
+    call = ("infer", "cts", "--output", "masks", "--model")
+    assert cli(*call, tiny_model).code == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "masks").iterdir()}
+    refused = cli(*call, other_model)
+    assert refused.code == 2
+    assert refused.message.startswith("'masks' holds masks of another model (spleen:small, best.pt); choose another")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "masks").iterdir()} == before
+    assert cli(*call, other_model, "--overwrite").code == 0
+    after = {path.name: path.read_bytes() for path in (tmp_path / "masks").iterdir()}
+    assert after.keys() == before.keys()
+    assert after["ctseg_model.json"] != before["ctseg_model.json"]
+    assert cli(*call, other_model).code == 0
+
+
+def masks_of(result: Any) -> dict[str, str]:
+    return {o["image"]: o["mask"] for o in json.loads(result.out)}
+
+
+def test_a_folder_keeps_its_subfolders(cli: Callable[..., Any], cts: Path, tiny_model: Path):
+    for name in ("p1/ct.nii", "p2/ct.nii", "p2/.hidden.nii", "p2/notes.txt"):
+        (cts / name).parent.mkdir(exist_ok=True)
+        shutil.copy(cts / "two.nii", cts / name)
+    for name in ("one.nii.gz", "three.nrrd", "four.mha"):
+        (cts / name).unlink()
+    call = ("infer", "cts", "--output", "cts/masks", "--model", tiny_model, "--json")
+    expected = {"cts/p1/ct.nii": "cts/masks/p1/ct_seg.nii", "cts/p2/ct.nii": "cts/masks/p2/ct_seg.nii",
+                "cts/two.nii": "cts/masks/two_seg.nii"}  # fmt: skip
+    assert masks_of(cli(*call)) == expected
+    assert masks_of(cli(*call)) == expected, "the masks below the folder are not taken for CTs"
+
+
+def test_names_that_collide_keep_their_folders(cli: Callable[..., Any], cts: Path, tiny_model: Path, tmp_path: Path):
+    for name in ("a/ct.nii", "b/ct.nii", "work/here"):
+        (tmp_path / name).parent.mkdir()
+        shutil.copy(cts / "two.nii", tmp_path / name)
+    paths = ["a/ct.nii", "b/ct.nii", "cts/two.nii", "work/../a/ct.nii"]
+    result = cli("infer", *paths, "--output", "masks", "--model", tiny_model, "--json")
+    assert list(masks_of(result).values()) == ["masks/a/ct_seg.nii", "masks/b/ct_seg.nii", "masks/two_seg.nii"]
+
+
+def test_masks_stay_below_the_output_folder(run_cli: Callable[..., Any], cts: Path, tiny_model: Path, tmp_path: Path):
+    """Inputs above the current folder, whose names collide."""
+    work = tmp_path / "work"
+    for name in ("ct.nii", "work/ct.nii"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(cts / "two.nii", tmp_path / name)
+    run_cli(work, "infer", "../ct.nii", "ct.nii", "--output", "masks", "--model", tiny_model)
+    assert files_below(work) == ["ct.nii", "masks/ct_seg.nii", "masks/ctseg_model.json", "masks/work/ct_seg.nii"]
+    assert files_below(tmp_path)[:1] == ["ct.nii"]
+
+
+def test_lists(cli: Callable[..., Any], cts: Path, tiny_model: Path, tmp_path: Path):
+    (tmp_path / "list.txt").write_text("cts/two.nii\ncts/gone.nii\n\ncts/four.mha\n")
+    result = cli("infer", "list.txt", "--output", "masks", "--model", tiny_model, "--json")
+    assert result.code == 1
+    names = [(Path(o["mask"]).name, o["status"]) for o in json.loads(result.out)]
+    assert names == [("two_seg.nii", "done"), ("gone_seg.nii", "failed"), ("four_seg.mha", "done")]
+    assert "gone.nii': No such file or directory; check the path" in result.message
+
+
+def test_a_name_that_is_no_text(cli: Callable[..., Any], cts: Path, tiny_model: Path, tmp_path: Path):
+    """Bytes that are not UTF-8, and a terminal's control characters."""
+    names = [os.fsdecode(b"caf\xe9.nii"), "red\x1b[31m.nii"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+    result = cli("infer", *names, "--output", "masks", "--model", tiny_model)
+    assert result.code == 1
+    assert "\x1b" not in result.err
+    assert (tmp_path / "masks" / "failures.csv").read_bytes().count(b"the file is empty") == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: data.update(extra=1), "recipe inside '{path}': extra: unknown key"),
+        (lambda data: data["training"].update(epochs=0), "recipe inside '{path}': training.epochs: must be at least 1"),
+        (lambda data: data.pop("network"), "recipe inside '{path}': network: missing"),
+        (
+            lambda data: data["network"].update(channels=[4, 9]),
+            "checkpoint '{path}': its weights do not fit its recipe",
+        ),
+    ],
+)
+def test_model_with_a_wrong_recipe(
+    cli: Callable[..., Any],
+    cts: Path,
+    tmp_path: Path,
+    tiny_recipe: Any,
+    change: Callable[[Any], None],
+    message: str,
+):
+    from ctseg.engine.checkpoint import save_checkpoint
+    from ctseg.networks import network_for
+
+    recipe = tiny_recipe.to_dict()
+    change(recipe)
+    save_checkpoint(tmp_path / "m.pt", {"recipe": recipe, "model": network_for(tiny_recipe).state_dict()})
+    result = cli("infer", "cts", "--output", "masks", "--model", "m.pt")
+    assert (result.code, result.out) == (2, "")
+    assert result.message.startswith(message.format(path="m.pt"))
+    assert files_below(tmp_path / "masks") == []
+
+
+def test_file_that_is_no_model(cli: Callable[..., Any], cts: Path, tmp_path: Path):
+    (tmp_path / "m.pt").write_bytes(b"no model")
+    (tmp_path / "m.txt").write_bytes(b"no model")
+    for name, text in (("m.pt", "checkpoint 'm.pt': "), ("m.txt", "model 'm.txt': unknown kind of file")):
+        result = cli("infer", "cts", "--output", "masks", "--model", name)
+        assert result.code == 2
+        assert result.message.startswith(text)
+        assert len(result.message.splitlines()) == 1
+
+
+@pytest.fixture
+def mount(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """A function that mounts an empty disk with options such as "size=64k" or "ro"."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mounted(options: str) -> Path:
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode != 0:
+            pytest.skip("only root on Linux can mount a disk")
+        return folder
+
+    yield mounted
+    subprocess.run(["umount", str(folder)], capture_output=True, check=False)
+
+
+def test_output_on_a_read_only_disk(cli: Callable[..., Any], cts: Path, tiny_model: Path, mount: Callable[[str], Path]):
+    folder = mount("ro")
+    result = cli("infer", "cts", "--output", folder, "--model", tiny_model)
+    assert (result.code, result.out) == (2, "")
+    assert result.err == (
+        f"ctseg: cannot write '{folder}': no permission to write here; free space or choose another output folder\n"
+    )
+
+
+def test_output_on_a_full_disk(cli: Callable[..., Any], cts: Path, tiny_model: Path, mount: Callable[[str], Path]):
+    """A volume whose raw mask is larger than the disk comes second: the first mask stays, the second leaves nothing."""
+    folder = mount("size=64k")
+    nibabel.save(nibabel.Nifti1Image(np.tile(ct(), (4, 4, 4)), AFFINE), cts / "large.nii")
+    result = cli("infer", "cts/two.nii", "cts/large.nii", "--output", folder, "--model", tiny_model)
+    assert (result.code, result.out) == (2, "")
+    assert result.message.startswith(f"cannot write '{folder / 'large_seg.nii'}': No space left on device; free space")
+    assert files_below(folder) == ["ctseg_model.json", "two_seg.nii"]
+    assert read_labels(folder / "two_seg.nii").array.shape == SIZE

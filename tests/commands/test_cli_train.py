@@ -1,0 +1,162 @@
+"""`ctseg train`: what a run leaves, how it goes on after a stop, and what it refuses."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ctseg.files import write_json
+from ctseg.manifest import Manifest, read_manifest
+from ctseg.recipe import Recipe, load_recipe, recipe_from_dict
+from ctseg.workspace import run_recipe
+
+
+@pytest.fixture(scope="module")
+def options(tiny_recipe: Recipe) -> list[str]:
+    """`--set` for all that the tiny recipe changes in spleen:small."""
+    base, tiny = load_recipe("spleen:small").to_dict(), tiny_recipe.to_dict()
+    changed = [
+        f"{section}.{key}={json.dumps(value)}"
+        for section, values in tiny.items()
+        if isinstance(values, dict)
+        for key, value in values.items()
+        if base[section][key] != value
+    ]
+    return [part for change in changed for part in ("--set", change)]
+
+
+@pytest.fixture(scope="module")
+def trained(
+    tmp_path_factory: pytest.TempPathFactory, run_cli: Callable[..., Any], tiny_data: Path, options: list[str]
+) -> tuple[Path, Any]:
+    """The folder in which the tiny recipe was trained, and what the command answered."""
+    folder = tmp_path_factory.mktemp("trained")
+    return folder, run_cli(folder, "train", "spleen:small", *options, "--manifest", tiny_data, "--json")
+
+
+def test_run_folder(trained: tuple[Path, Any], tiny_recipe: Recipe, tiny_manifest: Manifest):
+    folder, result = trained
+    run = folder / "runs" / "spleen-small-001"
+    assert result.code == 0
+    assert run_recipe(run) == tiny_recipe
+    assert read_manifest(run / "data.json") == tiny_manifest
+    names = {path.name for path in run.iterdir()}
+    assert names >= {"recipe.json", "data.json", "last.pt", "log.csv", "log.jsonl", "curves.png", "tensorboard"}
+    assert not [name for name in names if name.endswith(".tmp")]
+    content = torch.load(run / "last.pt", weights_only=True)
+    assert recipe_from_dict(content["recipe"], "") == tiny_recipe
+    assert content["epoch"] == 2
+
+
+def test_log_and_result(trained: tuple[Path, Any]):
+    folder, result = trained
+    answer = json.loads(result.out)
+    run = Path(answer["run"])
+    assert run == Path("runs/spleen-small-001")
+    rows = list(csv.DictReader((folder / run / "log.csv").read_text().splitlines()))
+    assert [list(row) for row in rows] == [["epoch", "loss", "mean_dice", "lr"]] * 2
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert float(rows[-1]["loss"]) == answer["loss"]
+    assert {row["lr"] for row in rows} == {"0.002"}
+    best = max(rows, key=lambda row: float(row["mean_dice"]))
+    assert (answer["best_epoch"], answer["best_mean_dice"]) == (int(best["epoch"]), float(best["mean_dice"]))
+    assert answer["checkpoint"] == str(run / "best.pt")
+    assert (folder / answer["checkpoint"]).is_file()
+    assert "training spleen:small 2/2" in result.err
+
+
+def test_resume_of_a_finished_run_changes_nothing(
+    trained: tuple[Path, Any], run_cli: Callable[..., Any], options: list[str]
+):
+    folder, result = trained
+    run = folder / "runs" / "spleen-small-001"
+    before = {name: (run / name).read_bytes() for name in ("log.csv", "best.pt", "recipe.json", "data.json")}
+    again = run_cli(folder, "train", "spleen:small", *options, "--resume", "--json", "--quiet")
+    assert (again.code, again.err) == (0, "")
+    assert json.loads(again.out) == json.loads(result.out)
+    assert {name: (run / name).read_bytes() for name in before} == before
+    assert [path.name for path in (folder / "runs").iterdir()] == ["spleen-small-001"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--resume", "--set", "training.epochs=3"], "it differs in training.epochs"),
+        (["--resume", "--manifest", "x.json"], "--resume: goes on with the data of the run"),
+        (["--output", "runs/spleen-small-001"], "'runs/spleen-small-001' already holds a run; continue it with"),
+    ],
+)
+def test_refusals(
+    trained: tuple[Path, Any],
+    run_cli: Callable[..., Any],
+    options: list[str],
+    tiny_data: Path,
+    arguments: list[str],
+    message: str,
+):
+    folder, _ = trained
+    source = [] if "--resume" in arguments else ["--manifest", tiny_data]
+    before = sorted(folder.rglob("*"))
+    result = run_cli(folder, "train", "spleen:small", *options, *source, *arguments)
+    assert (result.code, result.out) == (2, "")
+    assert message in result.message
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_summary_for_people_and_a_folder_of_ones_own(
+    trained: tuple[Path, Any], run_cli: Callable[..., Any], options: list[str], tiny_data: Path
+):
+    folder, _ = trained
+    output = ["--output", "elsewhere/mine", "--set", "training.validation_interval_epochs=5", "--quiet"]
+    result = run_cli(folder, "train", "spleen:small", *options, "--manifest", tiny_data, *output)
+    assert (result.code, result.err) == (0, "")
+    lines = dict(line.split(maxsplit=1) for line in result.out.splitlines())
+    assert (lines["run"], lines["epochs"]) == ("elsewhere/mine", "2")
+    assert lines["model"].startswith("elsewhere/mine/")
+
+
+def test_a_broken_training_case_is_named(cli: Callable[..., Any], options: list[str], tmp_path: Path):
+    (tmp_path / "ct.nii").write_bytes(b"")
+    write_json(tmp_path / "list.json", {"training": [{"image": "ct.nii", "label": "ct.nii"}]})
+    result = cli("train", "spleen:small", *options, "--manifest", "list.json")
+    assert (result.code, result.out) == (2, "")
+    assert result.message.startswith(f"data set: ct: cannot read '{tmp_path / 'ct.nii'}': the file is empty")
+
+
+def test_unlabelled_training_case(cli: Callable[..., Any], options: list[str], tiny_manifest: Manifest, tmp_path: Path):
+    image = str(tiny_manifest.split("training")[0].image)
+    write_json(tmp_path / "list.json", {"training": [image]})
+    result = cli("train", "spleen:small", *options, "--manifest", "list.json")
+    assert result.code == 2
+    assert "case 'case_0' has no label" in result.message
+
+
+def test_stopped_by_sigterm_and_resumed(cli: Callable[..., Any], options: list[str], tiny_data: Path, tmp_path: Path):
+    """The signal comes as soon as there is a run: it must wait for the first step, and lose nothing."""
+    arguments = ["train", "spleen:small", *options]
+    command = [sys.executable, "-m", "ctseg", *arguments, "--manifest", str(tiny_data)]
+    run = tmp_path / "runs" / "spleen-small-001"
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while not (run / "recipe.json").exists() and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (75, "")
+    assert err.splitlines()[-1].startswith("ctseg: ")
+    assert "--resume" in err.splitlines()[-1]
+    assert "Traceback" not in err
+    stopped = torch.load(run / "last.pt", weights_only=True)
+    assert (stopped["epoch"], stopped["step"], len(stopped["losses"])) == (0, 1, 1)
+    result = cli(*arguments, "--resume", "--json")
+    assert result.code == 0
+    assert json.loads(result.out)["epochs"] == 2
+    rows = (run / "log.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == ["epoch", "1", "2"]

@@ -1,0 +1,142 @@
+"""`ctseg validate`: the same Dice as that of the masks `infer` writes, and the rules for what cannot be scored."""
+
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ctseg.files import write_json
+from ctseg.io.images import read_labels, write_labels
+from ctseg.manifest import Case, Manifest
+from ctseg.volume import Geometry
+from ctseg.workspace import DATA_FILE, RECIPE_FILE
+
+
+@pytest.fixture
+def run(tmp_path: Path, tiny_model: Path) -> Path:
+    """The tiny model's run, of which a test may do what it wants."""
+    shutil.copytree(tiny_model.parent, tmp_path / "runs" / "spleen-small-001")
+    return Path("runs/spleen-small-001")
+
+
+def case_of(manifest: Manifest, split: str) -> Case:
+    return manifest.split(split)[0]
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def test_scores_are_those_of_the_written_masks(
+    cli: Callable[..., Any], run: Path, tiny_manifest: Manifest, tmp_path: Path
+):
+    result = cli("validate", "--json", "--quiet")
+    assert (result.code, result.err) == (0, "")
+    case = case_of(tiny_manifest, "testing")
+    cli("infer", case.image, "--output", "masks")
+    label = read_labels(case.label)
+    mask = read_labels(tmp_path / "masks" / f"{case.name}_seg.nii.gz").array > 0
+    inside = label.array > 0
+    expected = 2 * (mask & inside).sum() / (mask.sum() + inside.sum())
+    answer = json.loads(result.out)
+    assert (answer["model"], answer["split"]) == (str(run / "best.pt"), "testing")
+    assert answer["folder"] == str(run / "validation-testing")
+    (score,) = answer["scores"]
+    assert (score["case"], score["structure"], score["error"]) == (case.name, "spleen", "")
+    assert score["dice"] == pytest.approx(expected)
+    assert score["label_ml"] == pytest.approx(inside.sum() * 0.125)
+    assert score["mask_ml"] == pytest.approx(mask.sum() * 0.125)
+    assert answer["mean_dice"] == answer["summaries"][0]["mean_dice"] == score["dice"]
+    (row,) = rows_of(tmp_path / run / "validation-testing" / "cases.csv")
+    assert {**row, "dice": float(row["dice"])} == {k: score[k] if k == "dice" else str(v) for k, v in score.items()}
+    written = json.loads((tmp_path / run / "validation-testing" / "summary.json").read_text())
+    assert written == {k: v for k, v in answer.items() if k != "folder"}
+
+
+def test_table_for_people(cli: Callable[..., Any], run: Path, tiny_manifest: Manifest, tmp_path: Path):
+    result = cli("validate", "--split", "training", "--output", "tables")
+    assert result.code == 0
+    assert result.out.startswith(f"model {run}/best.pt\n\ncase ")
+    assert "spleen: mean Dice 0." in result.out
+    assert ", 3 cases\n" in result.out
+    assert result.out.endswith("tables in tables\n")
+    assert "validating spleen:small 3/3" in result.err
+    assert [row["case"] for row in rows_of(tmp_path / "tables" / "cases.csv")] == ["case_0", "case_1", "case_2"]
+    assert not (tmp_path / run / "validation-training").exists()
+
+
+@pytest.fixture
+def odd_list(tmp_path: Path, tiny_manifest: Manifest) -> str:
+    """A list of one good case and of one for each rule."""
+    good = case_of(tiny_manifest, "testing")
+    label = read_labels(good.label)
+    size, affine = label.geometry.size, label.geometry.affine
+    moved = affine.copy()
+    moved[0, 3] += 20
+    write_labels(tmp_path / "none_label.nii.gz", np.zeros(size, np.uint8), label.geometry)
+    write_labels(tmp_path / "cut_label.nii.gz", label.array[:-1], Geometry((size[0] - 1, *size[1:]), affine))
+    write_labels(tmp_path / "moved_label.nii.gz", label.array, Geometry(size, moved))
+    (tmp_path / "broken.nii").write_bytes(b"")
+    labels = {
+        "nothing": "none_label.nii.gz",
+        "cut": "cut_label.nii.gz",
+        "moved": "moved_label.nii.gz",
+        "unlabelled": None,
+    }
+    for name in labels:
+        shutil.copy(good.image, tmp_path / f"{name}.nii.gz")
+    entries = [{"image": f"{name}.nii.gz", "label": label} for name, label in labels.items()]
+    broken = {"image": "broken.nii", "label": "cut_label.nii.gz"}
+    whole = {"image": str(good.image), "label": str(good.label)}
+    write_json(tmp_path / "odd.json", {"testing": [whole, *entries, broken]})
+    return "odd.json"
+
+
+def test_cases_that_cannot_be_scored(cli: Callable[..., Any], run: Path, odd_list: str, tmp_path: Path):
+    result = cli("validate", "--manifest", odd_list, "--output", "tables", "--json")
+    assert result.code == 1
+    assert result.message.startswith("4 of 6 cases failed")
+    answer = json.loads(result.out)
+    errors = {score["case"]: score["error"] for score in answer["scores"]}
+    assert errors.pop("case_4") == errors.pop("nothing") == ""
+    assert errors["unlabelled"] == "case 'unlabelled' has no label"
+    assert errors["cut"].startswith("'cut_label.nii.gz' does not lie on its image's grid: label 47x")
+    assert "does not lie on its image's grid" in errors["moved"]
+    assert errors["broken"].startswith("cannot read 'broken.nii': the file is empty")
+    scores = {score["case"]: score for score in answer["scores"]}
+    assert (scores["nothing"]["dice"], scores["nothing"]["label_ml"]) == (None, 0.0)
+    assert scores["nothing"]["mask_ml"] == scores["case_4"]["mask_ml"], "all of it false positive"
+    (summary,) = answer["summaries"]
+    assert {k: summary[k] for k in ("cases", "failed", "undefined")} == {"cases": 1, "failed": 4, "undefined": 1}
+    assert summary["mean_dice"] == scores["case_4"]["dice"]
+    rows = {row["case"]: row for row in rows_of(tmp_path / "tables" / "cases.csv")}
+    assert {name: row["error"] for name, row in rows.items() if row["error"]} == errors
+    assert rows["nothing"]["dice"] == rows["unlabelled"]["dice"] == ""
+    table = cli("validate", "--manifest", odd_list, "--output", "tables").out
+    assert "1 cases, 1 with an empty label (left out), 4 failed" in table
+    assert "failed: unlabelled: case 'unlabelled' has no label" in table
+
+
+def test_model_outside_a_run_brings_its_recipes_data(
+    cli: Callable[..., Any], tiny_model: Path, tiny_data: Path, tmp_path: Path
+):
+    shutil.copy(tiny_model, tmp_path / "m.pt")
+    result = cli("validate", "--model", "m.pt", "--manifest", tiny_data, "--split", "validation")
+    assert result.code == 0
+    assert (tmp_path / "validation-validation" / "cases.csv").is_file()
+
+
+def test_run_without_its_list_uses_the_recipes(cli: Callable[..., Any], run: Path, tmp_path: Path):
+    (tmp_path / run / DATA_FILE).unlink()
+    recipe = json.loads((tmp_path / run / RECIPE_FILE).read_text())
+    recipe["data"]["manifest"] = "msd_spleen"
+    write_json(tmp_path / run / RECIPE_FILE, recipe)
+    result = cli("validate", "--data", "nowhere")
+    assert result.code == 2
+    assert result.message.startswith("data set 'msd_spleen': no image found below 'nowhere/Task09_Spleen'")
+    assert not (tmp_path / run / "validation-testing").exists()

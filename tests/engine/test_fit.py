@@ -1,0 +1,250 @@
+"""Training: it learns, it repeats itself, and stopped anywhere it goes on as if nothing had happened."""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from ctseg.engine import fit
+from ctseg.engine.checkpoint import read_checkpoint, save_checkpoint
+from ctseg.engine.fit import Trainer
+from ctseg.engine.runtime import Runtime
+from ctseg.errors import CtsegError, ModelError, Stopped
+from ctseg.recipe import Recipe
+from ctseg.sampling import Draw
+
+SIX_STEPS = {"epochs": 3, "batch_cases": 2, "validation_interval_epochs": 2, "lr_step_epochs": 1, "lr_gamma": 0.5}
+"""Three epochs of two steps (the tiny data has three cases), each with its own learning rate."""
+OPTIMIZERS = [{"kind": "adam", "lr": 2e-3}, {"kind": "novograd", "lr": 2e-3}]
+
+
+def content(run: Path, name: str = "last.pt") -> dict:
+    return read_checkpoint(run / name)
+
+
+def test_the_loss_falls(tiny_recipe: Recipe, tmp_path: Path, train_tiny, changed) -> None:
+    result = train_tiny(changed(tiny_recipe, training={"epochs": 20}), tmp_path / "run")
+    losses = [row["loss"] for row in content(result.run)["history"]]
+    assert len(losses) == 20
+    assert sum(losses[-3:]) / 3 < 0.8 * losses[0]
+
+
+def test_the_same_twice_and_another_seed_differs(
+    tiny_recipe: Recipe, tmp_path: Path, train_tiny, changed, assert_same
+) -> None:
+    train_tiny(tiny_recipe, tmp_path / "a")
+    torch.manual_seed(123)  # the process's own generator must not matter
+    torch.rand(7)
+    train_tiny(tiny_recipe, tmp_path / "b")
+    for name in ("last.pt", "best.pt"):
+        assert_same(content(tmp_path / "a", name), content(tmp_path / "b", name))
+    train_tiny(changed(tiny_recipe, training={"seed": 1}), tmp_path / "c")
+    first, other = content(tmp_path / "a")["model"], content(tmp_path / "c")["model"]
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda o: o["kind"])
+def test_stopped_after_any_step_it_ends_with_the_same_bits(
+    tiny_recipe: Recipe, tmp_path: Path, train_tiny, changed, assert_same, optimizer: dict
+) -> None:
+    recipe = changed(tiny_recipe, training=SIX_STEPS, optimizer=optimizer)
+    train_tiny(recipe, tmp_path / "whole")
+    for step in range(1, 7):
+        run = tmp_path / f"stopped-{step}"
+        with pytest.raises(Stopped):
+            train_tiny(recipe, run, stop_after=step)
+        stopped = content(run)
+        assert (stopped["epoch"], stopped["step"]) == ((step - 1) // 2, (step - 1) % 2 + 1)
+        train_tiny(recipe, run)
+        for name in ("last.pt", "best.pt"):
+            assert_same(content(run, name), content(tmp_path / "whole", name))
+        for name in ("log.csv", "log.jsonl"):
+            assert (run / name).read_text() == (tmp_path / "whole" / name).read_text()
+
+
+def test_stopped_after_every_step_it_ends_with_the_same_bits(
+    tiny_recipe: Recipe, tmp_path: Path, train_tiny, changed, assert_same, read_events
+) -> None:
+    recipe = changed(tiny_recipe, training=SIX_STEPS)
+    train_tiny(recipe, tmp_path / "whole")
+    run, stops = tmp_path / "run", 0
+    while True:
+        try:
+            train_tiny(recipe, run, stop_after=1)
+            break
+        except Stopped:
+            stops += 1
+    assert stops == 6
+    assert_same(content(run), content(tmp_path / "whole"))
+    assert (run / "log.csv").read_text() == (tmp_path / "whole" / "log.csv").read_text()
+    assert read_events(run) == read_events(tmp_path / "whole")
+
+
+def test_a_stop_says_where_and_how_to_go_on(tiny_recipe: Recipe, tmp_path: Path, train_tiny) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(Stopped, match=rf"epoch 2 after step 1; .*--resume --output {run}$") as caught:
+        train_tiny(tiny_recipe, run, stop_after=3)
+    assert caught.value.exit_code == 75
+
+
+@pytest.mark.parametrize("moment", ["best", "log", "checkpoint"])
+def test_killed_between_the_files_of_an_epoch(
+    tiny_recipe: Recipe, tmp_path: Path, train_tiny, assert_same, read_events, monkeypatch, moment: str
+) -> None:
+    """After the last epoch's best weights, after its log, or after its checkpoint: no row is lost, none is double."""
+    train_tiny(tiny_recipe, tmp_path / "whole")
+    run = tmp_path / "run"
+    owner, name = {
+        "best": (Trainer, "save_best"),
+        "log": (fit.Recorder, "write"),
+        "checkpoint": (Trainer, "save"),
+    }[moment]
+    done = getattr(owner, name)
+    monkeypatch.setattr(fit, "bank_dice", lambda *_: [0.5] if moment != "best" else [0.5 + len(calls) / 10])
+    calls: list[None] = []
+
+    def then_die(*args):
+        done(*args)
+        calls.append(None)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(owner, name, then_die)
+    with pytest.raises(KeyboardInterrupt):
+        train_tiny(tiny_recipe, run)
+    assert not (run / "curves.png").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(fit, "bank_dice", lambda *_: [0.5])
+    train_tiny(tiny_recipe, run)
+    assert_same(content(run)["model"], content(tmp_path / "whole")["model"])
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert rows == content(run)["history"]
+    assert [row["epoch"] for row in rows] == [1, 2]
+    assert [step for step, _ in read_events(run)["loss"]] == [1, 2]
+    assert (run / "curves.png").exists()
+
+
+def test_best_weights_are_those_of_the_best_epoch(
+    tiny_recipe: Recipe, tmp_path: Path, train_tiny, changed, assert_same, monkeypatch
+) -> None:
+    """Scores 0.2, 0.7, 0.5, 0.7: the first of the two best is kept. Training two epochs alone gives its weights."""
+    train_tiny(changed(tiny_recipe, training={"epochs": 2}), tmp_path / "two")
+    scores, overlaps = iter([0.2, 0.7, 0.5, 0.7]), []
+    monkeypatch.setattr(fit, "bank_dice", lambda _model, _case, overlap: overlaps.append(overlap) or [next(scores)])
+    recipe = changed(tiny_recipe, training={"epochs": 4, "validation_overlap": 0.125})
+    result = train_tiny(recipe, tmp_path / "four")
+    assert (result.best_epoch, result.best_mean_dice) == (2, 0.7)
+    assert result.checkpoint == tmp_path / "four" / "best.pt"
+    best = content(tmp_path / "four", "best.pt")
+    assert (best["epoch"], best["mean_dice"]) == (2, 0.7)
+    assert_same(best["model"], content(tmp_path / "two")["model"])
+    assert overlaps == [0.125] * 4
+
+
+def test_mean_dice_is_over_all_structures_of_all_cases(tiny_recipe, tmp_path, train_tiny, changed, monkeypatch) -> None:
+    """A case without a label's structure gives no value and does not count."""
+    values = iter([[0.2, 0.4], [], [0.9]])
+    monkeypatch.setattr(fit, "bank_dice", lambda *_: next(values))
+    recipe = changed(tiny_recipe, training={"epochs": 3})
+    train_tiny(recipe, tmp_path / "run")
+    assert [row["mean_dice"] for row in content(tmp_path / "run")["history"]] == [pytest.approx(0.3), None, 0.9]
+
+
+def test_validation_comes_every_interval_and_after_the_last_epoch(tiny_recipe, tmp_path, train_tiny, changed) -> None:
+    recipe = changed(tiny_recipe, training={"epochs": 5, "validation_interval_epochs": 2})
+    train_tiny(recipe, tmp_path / "run")
+    history = content(tmp_path / "run")["history"]
+    assert [row["epoch"] for row in history if row["mean_dice"] is not None] == [2, 4, 5]
+    rows = list(csv.DictReader((tmp_path / "run" / "log.csv").read_text().splitlines()))
+    assert [int(row["epoch"]) for row in rows if row["mean_dice"]] == [2, 4, 5]
+
+
+def test_learning_rate_falls_by_its_schedule(tiny_recipe, tmp_path, train_tiny, changed) -> None:
+    recipe = changed(
+        tiny_recipe,
+        training={"epochs": 5, "lr_step_epochs": 2, "lr_gamma": 0.1},
+        optimizer={"lr": 1e-3},
+    )
+    train_tiny(recipe, tmp_path / "run")
+    rates = [row["lr"] for row in content(tmp_path / "run")["history"]]
+    assert rates == pytest.approx([1e-3, 1e-3, 1e-4, 1e-4, 1e-5], rel=1e-12)
+
+
+def test_weights_do_not_depend_on_the_validation(tiny_recipe, tmp_path, train_tiny, changed, assert_same) -> None:
+    """Evaluating must leave batch statistics and random numbers alone."""
+    for interval in (1, 3):
+        recipe = changed(tiny_recipe, training={"epochs": 3, "validation_interval_epochs": interval})
+        train_tiny(recipe, tmp_path / str(interval))
+    assert_same(content(tmp_path / "1")["model"], content(tmp_path / "3")["model"])
+
+
+def test_a_diverging_loss_is_an_error_that_names_its_cure(tiny_recipe, tmp_path, train_tiny, changed) -> None:
+    recipe = changed(tiny_recipe, optimizer={"lr": 1e30}, training={"epochs": 5})
+    with pytest.raises(CtsegError, match=r"training diverged: the loss of epoch \d is nan; lower optimizer.lr"):
+        train_tiny(recipe, tmp_path / "run")
+    if (tmp_path / "run" / "last.pt").exists():
+        assert all(math.isfinite(row["loss"]) for row in content(tmp_path / "run")["history"])
+
+
+@pytest.mark.parametrize("num_draws", [1, 2, 5, 16])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_shares_make_the_mean_over_processes_the_mean_over_patches(num_draws: int, world_size: int) -> None:
+    draws = [Draw(case=n, start=(0, 0, 0), shift=float(n**2)) for n in range(num_draws)]
+    runtimes = [Runtime(torch.device("cpu"), None, rank, world_size) for rank in range(world_size)]
+    if world_size > num_draws:
+        with pytest.raises(CtsegError, match=f"{world_size} processes, but a step has only {num_draws} patches"):
+            fit._deal(draws, runtimes[-1])
+        return
+    dealt = [fit._deal(draws, runtime) for runtime in runtimes]
+    assert sorted(d.case for mine, _ in dealt for d in mine) == list(range(num_draws))
+    weighted = [share * sum(d.shift for d in mine) / len(mine) for mine, share in dealt]
+    assert sum(weighted) / world_size == pytest.approx(sum(d.shift for d in draws) / num_draws)
+
+
+def test_a_fresh_trainer_depends_on_the_seed_alone(tiny_recipe: Recipe, cpu: Runtime, changed, assert_same) -> None:
+    first = Trainer.fresh(tiny_recipe, cpu).network.state_dict()
+    torch.rand(3)
+    assert_same(first, Trainer.fresh(tiny_recipe, cpu).network.state_dict())
+    other = Trainer.fresh(changed(tiny_recipe, training={"seed": 1}), cpu).network.state_dict()
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_a_run_without_a_checkpoint_starts_at_its_beginning(tiny_recipe: Recipe, cpu: Runtime, tmp_path: Path) -> None:
+    trainer = Trainer.fresh(tiny_recipe, cpu)
+    trainer.load(tmp_path)
+    assert (trainer.epoch, trainer.step, trainer.history) == (0, 0, [])
+
+
+def test_another_recipes_checkpoint_is_refused(tiny_recipe: Recipe, cpu: Runtime, tmp_path: Path, changed) -> None:
+    Trainer.fresh(tiny_recipe, cpu).save(tmp_path)
+    with pytest.raises(ModelError, match="written by another recipe"):
+        Trainer.fresh(changed(tiny_recipe, optimizer={"lr": 1e-4}), cpu).load(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["model", "optimizer", "scaler", "epoch", "step", "losses", "history"])
+def test_an_incomplete_checkpoint_is_refused(tiny_recipe: Recipe, cpu: Runtime, tmp_path: Path, part: str) -> None:
+    Trainer.fresh(tiny_recipe, cpu).save(tmp_path)
+    saved = content(tmp_path)
+    del saved[part]
+    save_checkpoint(tmp_path / "last.pt", saved)
+    with pytest.raises(ModelError, match="incomplete or damaged"):
+        Trainer.fresh(tiny_recipe, cpu).load(tmp_path)
+
+
+def test_a_run_may_change_its_precision(tiny_recipe: Recipe, cpu: Runtime, tmp_path: Path) -> None:
+    """Started in float32, resumed in mixed precision, and back: the loss scale starts anew or is dropped."""
+    mixed = Runtime(torch.device("cpu"), torch.float16)
+    Trainer.fresh(tiny_recipe, cpu).save(tmp_path)
+    resumed = Trainer.fresh(tiny_recipe, mixed)
+    resumed.load(tmp_path)
+    assert resumed.scaler.get_scale() == 2.0**16
+    resumed.scaler.scale(torch.ones(1))  # makes the scaler's state
+    resumed.scaler.update(512.0)
+    resumed.save(tmp_path)
+    again = Trainer.fresh(tiny_recipe, mixed)
+    again.load(tmp_path)
+    assert again.scaler.get_scale() == 512.0
+    Trainer.fresh(tiny_recipe, cpu).load(tmp_path)

@@ -1,0 +1,182 @@
+"""The machine under a run: what is refused and why, how many CPUs count, and how signals stop a run."""
+
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from ctseg.engine import runtime
+from ctseg.engine.runtime import Runtime, available_cpus, cpu_has_bfloat16, running, start_runtime, stop_on_signal
+from ctseg.errors import DeviceError
+
+
+@pytest.fixture(autouse=True)
+def keep_threads():
+    """`start_runtime` sets torch's threads for the whole process."""
+    number = torch.get_num_threads()
+    yield
+    torch.set_num_threads(number)
+
+
+@pytest.fixture
+def no_cuda(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def bfloat16(monkeypatch, present: bool) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: present, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+
+
+def test_auto_is_float32_on_the_cpu_where_there_is_no_cuda(no_cuda) -> None:
+    assert start_runtime(amp=True) == Runtime(torch.device("cpu"), None, 0, 1)
+
+
+@pytest.mark.parametrize(("amp", "dtype"), [(True, torch.float16), (False, None)])
+def test_auto_is_cuda_and_mixed_precision_if_the_recipe_wants_it(monkeypatch, amp: bool, dtype) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    chosen = start_runtime(amp=amp)
+    assert (chosen.device, chosen.amp_dtype) == (torch.device("cuda", 0), dtype)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert start_runtime().device == torch.device("cuda", 1)
+    with pytest.raises(DeviceError, match=r"'cuda:2': 2 CUDA GPU\(s\) here"):
+        start_runtime("cuda:2")
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:0", "cuda:7"])
+def test_missing_cuda_names_the_cpu(no_cuda, name: str) -> None:
+    with pytest.raises(DeviceError, match=r"0 CUDA GPU\(s\) here; use --device cpu"):
+        start_runtime(name)
+
+
+@pytest.mark.parametrize("name", ["gpu", "", "cuda:x", "mps", "meta"])
+def test_an_unknown_device_is_refused(name: str) -> None:
+    with pytest.raises(DeviceError, match=f"device '{name}': "):
+        start_runtime(name)
+
+
+def test_precisions_that_a_cpu_lacks_are_refused(monkeypatch) -> None:
+    bfloat16(monkeypatch, present=False)
+    with pytest.raises(DeviceError, match=r"this CPU lacks bfloat16 arithmetic.*use float32"):
+        start_runtime("cpu", "bfloat16")
+    with pytest.raises(DeviceError, match="'float16': not on a CPU"):
+        start_runtime("cpu", "float16")
+    with pytest.raises(DeviceError, match="expected one of auto, float32, bfloat16, float16"):
+        start_runtime("cpu", "half")
+
+
+def test_bfloat16_is_used_where_the_cpu_has_it(monkeypatch) -> None:
+    bfloat16(monkeypatch, present=True)
+    assert cpu_has_bfloat16()
+    chosen = start_runtime("cpu", "bfloat16")
+    assert chosen.amp_dtype is torch.bfloat16
+    with chosen.autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is torch.bfloat16
+    with start_runtime("cpu", "float32").autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is torch.float32
+
+
+def test_cpus_are_the_smallest_of_affinity_quota_and_slurm(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    quota = tmp_path / "cpu.max"
+    monkeypatch.setattr(runtime, "Path", lambda path: quota if path == "/sys/fs/cgroup/cpu.max" else Path(path))
+    assert available_cpus() == 12
+    quota.write_text("max 100000\n")
+    assert available_cpus() == 12
+    quota.write_text("500000 100000\n")
+    assert available_cpus() == 5
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "3")
+    assert available_cpus() == 3
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {4, 9}, raising=False)
+    assert available_cpus() == 2
+    quota.write_text("50000 100000\n")  # half a CPU
+    assert available_cpus() == 1
+
+
+def test_affinity_of_this_process_counts(monkeypatch) -> None:
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    everything = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(everything)})
+        assert available_cpus() == 1
+    finally:
+        os.sched_setaffinity(0, everything)
+
+
+def test_processes_of_a_machine_share_its_cpus(monkeypatch) -> None:
+    monkeypatch.setattr(runtime, "available_cpus", lambda: 12)
+    for processes, threads in (("1", 12), ("4", 3), ("24", 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        start_runtime("cpu")
+        assert torch.get_num_threads() == threads
+
+
+def test_one_process_needs_no_peers() -> None:
+    alone = Runtime(torch.device("cpu"), None)
+    assert alone.is_main
+    assert alone.gather({"a": 1}) == [{"a": 1}]
+    assert (alone.any_process(True), alone.any_process(False)) == (True, False)
+    alone.wait_for_all()
+    assert not Runtime(torch.device("cpu"), None, rank=1, world_size=2).is_main
+
+
+def test_description_names_device_precision_and_place() -> None:
+    torch.set_num_threads(2)
+    assert Runtime(torch.device("cpu"), None).describe() == "cpu (2 threads), float32"
+    second = Runtime(torch.device("cpu"), torch.bfloat16, rank=1, world_size=4)
+    assert second.describe() == "cpu (2 threads), bfloat16, process 2 of 4"
+
+
+def test_running_leaves_the_process_group_after_an_error(monkeypatch) -> None:
+    left = []
+    monkeypatch.setattr(runtime.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(runtime.distributed, "destroy_process_group", lambda: left.append(True))
+    with pytest.raises(KeyError), running("cpu"):
+        raise KeyError
+    assert left == [True]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_asks_to_stop_and_the_old_handlers_come_back(number: signal.Signals) -> None:
+    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    with stop_on_signal() as stop_requested:
+        assert not stop_requested()
+        os.kill(os.getpid(), number)
+        assert stop_requested()
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
+
+
+def test_a_second_interrupt_ends_at_once() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with stop_on_signal() as stop_requested:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop_requested()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_a_second_term_waits_for_the_first() -> None:
+    with stop_on_signal() as stop_requested:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop_requested()
+
+
+def test_outside_the_main_thread_signals_are_left_alone() -> None:
+    found = []
+
+    def work() -> None:
+        with stop_on_signal() as stop_requested:
+            found.append((stop_requested(), signal.getsignal(signal.SIGTERM)))
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [(False, before)]

@@ -1,0 +1,57 @@
+"""The networks: their size, their shape and their first weights."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from monai.networks.nets import UNet
+
+from ctseg.networks import build_network, count_parameters, network_for
+from ctseg.recipe import Recipe, load_recipe
+
+
+def test_spleen_has_the_parameters_of_the_original() -> None:
+    assert count_parameters(network_for(load_recipe("spleen"))) == 4_808_917
+
+
+def test_spleen_is_the_unet_of_the_original_configuration() -> None:
+    torch.manual_seed(5)
+    network = network_for(load_recipe("spleen"))
+    torch.manual_seed(5)
+    expected = UNet(
+        spatial_dims=3,
+        in_channels=1,
+        out_channels=2,
+        channels=(16, 32, 64, 128, 256),
+        strides=(2, 2, 2, 2),
+        num_res_units=2,
+        norm="batch",
+    )
+    weights, wanted = network.state_dict(), expected.state_dict()
+    assert list(weights) == list(wanted)
+    assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
+    image = torch.randn(1, 1, 32, 32, 48)
+    with torch.inference_mode():
+        torch.testing.assert_close(network.eval()(image), expected.eval()(image), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("labels", "channels"), [({"1": "a"}, 2), ({"1": "a", "2": "b", "3": "c"}, 4)])
+def test_one_score_for_each_class_on_the_input_grid(tiny_recipe: Recipe, labels: dict[str, str], channels: int) -> None:
+    network = network_for(replace(tiny_recipe, labels=labels))
+    assert network(torch.zeros(2, 1, 16, 8, 24)).shape == (2, channels, 16, 8, 24)
+
+
+def test_input_channels_norm_and_units_follow_the_spec(tiny_recipe: Recipe) -> None:
+    spec = load_recipe("spleen:small", ["network.norm=instance", "network.num_res_units=0"]).network
+    kinds = {type(module) for module in build_network(spec, in_channels=3, out_channels=5).modules()}
+    assert torch.nn.InstanceNorm3d in kinds
+    assert torch.nn.BatchNorm3d not in kinds
+    first = next(m for m in build_network(spec, 3, 5).modules() if isinstance(m, torch.nn.Conv3d))
+    assert (first.in_channels, first.out_channels) == (3, 8)
+
+
+def test_frozen_parameters_are_not_counted() -> None:
+    network = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    assert count_parameters(network) == 3 * 4 + 4 + 4 * 2 + 2
+    network[0].requires_grad_(False)
+    assert count_parameters(network) == 4 * 2 + 2

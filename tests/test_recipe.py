@@ -1,0 +1,244 @@
+"""Recipes: the shipped numbers, the strict file, variants, `--set`."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from ctseg.errors import RecipeError
+from ctseg.recipe import (
+    AdamSpec,
+    Augmentation,
+    Data,
+    DiceCESpec,
+    DiceSpec,
+    Inference,
+    NovogradSpec,
+    Preprocess,
+    Recipe,
+    Sampling,
+    Training,
+    UNetSpec,
+    load_recipe,
+    recipe_from_dict,
+    recipe_names,
+    recipe_path,
+    variant_names,
+)
+
+ALL_NAMES = [name for base in recipe_names() for name in (base, *(f"{base}:{v}" for v in variant_names(base)))]
+
+
+def refusal(name: str, *overrides: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(name, list(overrides))
+    return str(caught.value)
+
+
+def write_recipe(path: Path, **changes: object) -> str:
+    """The shipped spleen recipe with other top-level keys, as JSON."""
+    path.write_text(json.dumps({**load_recipe("spleen").to_dict(), **changes}))
+    return str(path)
+
+
+def test_spleen_holds_the_published_numbers():
+    spleen = load_recipe("spleen")
+    about = {"name": spleen.name, "title": spleen.title, "source": spleen.source}
+    assert spleen == Recipe(
+        **about,
+        labels={"1": "spleen"},
+        data=Data(manifest="msd_spleen"),
+        preprocess=Preprocess(spacing_mm=(1.5, 1.5, 2.0), hu_window=(-57.0, 164.0), crop_foreground=True),
+        network=UNetSpec(
+            kind="unet", channels=(16, 32, 64, 128, 256), strides=(2, 2, 2, 2), num_res_units=2, norm="batch"
+        ),
+        sampling=Sampling(patch_size=(96, 96, 96), patches_per_case=4, positive_fraction=0.5),
+        augmentation=Augmentation(shift_offset=0.1, shift_probability=0.5),
+        objective=DiceCESpec(kind="dice_ce", squared_pred=True, batch=True, include_background=True),
+        optimizer=NovogradSpec(kind="novograd", lr=2e-3),
+        training=Training(
+            epochs=1260,
+            batch_cases=4,
+            lr_step_epochs=5000,
+            lr_gamma=0.1,
+            validation_interval_epochs=1,
+            validation_overlap=0.25,
+            amp=True,
+            seed=0,
+        ),
+        inference=Inference(window_size=(160, 160, 160), overlap=0.5, batch_windows=4),
+    )
+    assert spleen.name == "spleen"
+    assert spleen.num_classes == 2
+
+
+def test_spleen_network_has_the_published_number_of_parameters():
+    from ctseg.networks import count_parameters, network_for
+
+    assert count_parameters(network_for(load_recipe("spleen"))) == 4_808_917
+
+
+@pytest.mark.parametrize("name", ALL_NAMES)
+def test_every_shipped_recipe_loads_and_survives_json(name: str):
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert recipe.slug == name.replace(":", "-")
+    assert recipe_from_dict(json.loads(json.dumps(recipe.to_dict())), "copy") == recipe
+
+
+def test_variants_change_what_they_name_and_nothing_else():
+    base, v1 = load_recipe("spleen"), load_recipe("spleen:v1")
+    assert variant_names("spleen") == ["v1", "model_zoo", "small"]
+    assert v1 == dataclasses.replace(
+        base,
+        name="spleen:v1",
+        preprocess=dataclasses.replace(base.preprocess, spacing_mm=(1.0, 1.0, 1.0)),
+        objective=DiceSpec(kind="dice", squared_pred=True, batch=True, include_background=True),
+        optimizer=v1.optimizer,
+    )
+    assert isinstance(v1.optimizer, AdamSpec)
+    zoo = load_recipe("spleen:model_zoo")
+    assert (zoo.training.batch_cases, zoo.inference.window_size, zoo.inference.overlap) == (2, (96, 96, 96), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("optimizer.lr=1e-4", 1e-4),
+        ("optimizer.lr=1", 1.0),
+        (" optimizer.lr = 0.5 ", 0.5),
+        ("preprocess.spacing_mm=[1,2,3.5]", (1.0, 2.0, 3.5)),
+        ("preprocess.spacing_mm=[1, 2,\t3]  # comment", (1.0, 2.0, 3.0)),
+        ("network.channels=[4,8,16,32,64]", (4, 8, 16, 32, 64)),
+        ("training.amp=false", False),
+        ("data.manifest=my list.json", "my list.json"),
+        ("data.manifest=/abs/a=b.json", "/abs/a=b.json"),
+        ('data.manifest="quoted.json"', "quoted.json"),
+        ("title=Spleen, mine", "Spleen, mine"),
+        ("network.norm=instance", "instance"),
+    ],
+)
+def test_set(override: str, value: object):
+    recipe = load_recipe("spleen", [override])
+    section, _, key = override.partition("=")[0].strip().partition(".")
+    found = getattr(getattr(recipe, section), key) if key else getattr(recipe, section)
+    assert found == value
+    assert type(found) is type(value)
+    changed = [k for k, v in recipe.to_dict().items() if v != load_recipe("spleen").to_dict()[k]]
+    assert changed == [section]
+
+
+def test_set_of_a_table_and_of_kind():
+    assert load_recipe("spleen", ["labels.2=liver"]).labels == {"1": "spleen", "2": "liver"}
+    assert load_recipe("spleen", ['labels={1="a",2="b"}']).labels == {"1": "a", "2": "b"}
+    adam = load_recipe("spleen", ["optimizer.kind=adam", "optimizer.lr=1e-3"]).optimizer
+    assert adam == AdamSpec(kind="adam", lr=1e-3)
+    assert refusal("spleen", "optimizer.kind=adam") == "recipe 'spleen': optimizer.lr: missing"
+
+
+def test_the_last_set_wins():
+    assert load_recipe("spleen", ["optimizer.lr=1", "optimizer.lr=2"]).optimizer.lr == 2.0
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("training.epochs", "--set training.epochs: expected section.key=value"),
+        ("=5", "--set =5: expected section.key=value"),
+        ("trainin.epochs=3", "trainin: unknown key; did you mean 'training'?"),
+        ("training.epoch=3", "training.epoch: unknown key; did you mean 'epochs'?"),
+        ("training.epochs=0", "training.epochs: must be at least 1, got 0"),
+        ("training.epochs=2.5", "training.epochs: expected int, got 2.5"),
+        ("training.epochs=", "training.epochs: expected int, got ''"),
+        ("training=5", "training: expected a table, got 5"),
+        ("training.seed=2147483648", "training.seed: must be at most 2147483647, got 2147483648"),
+        ("preprocess.spacing_mm=[1,2", "preprocess.spacing_mm: expected 3 values, got '[1,2'"),
+        ("preprocess.spacing_mm=2", "preprocess.spacing_mm: expected 3 values, got 2"),
+        ("preprocess.spacing_mm=[1,0,1]", "preprocess.spacing_mm[1]: must be above 0, got 0.0"),
+        ("preprocess.spacing_mm.x=1", "preprocess.spacing_mm: expected 3 values, got {'x': 1}"),
+        ("preprocess.hu_window=[100,-100]", "preprocess.hu_window: the first value must be below the second"),
+        ("preprocess.hu_window=[5,5]", "preprocess.hu_window: the first value must be below the second, got [5, 5]"),
+        ("preprocess.hu_window=[nan,5]", "preprocess.hu_window[0]: expected a finite number, got nan"),
+        ("inference.overlap=1", "inference.overlap: must be below 1, got 1.0"),
+        ("network.kind=unett", "network.kind: expected one of unet, got 'unett'"),
+        ("objective.kind=[1]", "objective.kind: expected one of dice, dice_ce, got [1]"),
+        ("network.strides=[2,2]", "network.strides: expected one less than channels (5), got 2"),
+        ("sampling.patch_size=[96,96,90]", "sampling.patch_size: every size must be a multiple of 16 (the network's"),
+        ("inference.window_size=[8,16,16]", "inference.window_size: every size must be a multiple of 16"),
+        ("labels.3=liver", 'labels: expected "1", "2", ... without gaps, got 1, 3'),
+        ("labels.2=spleen", "labels: every structure must have its own name, got spleen, spleen"),
+        ("name=../up", "name: expected letters, digits, '_', '-' and '.', as it names folders, got '../up'"),
+        ("optimizer.lr=" + "9" * 5000, "optimizer.lr: expected float, got"),
+        ("optimizer.lr=" + "[" * 100_000, "optimizer.lr: expected float, got"),
+    ],
+)
+def test_wrong_set(override: str, problem: str):
+    assert refusal("spleen", override).startswith(f"recipe 'spleen': {problem}")
+
+
+def test_a_second_line_in_a_set_is_not_dropped():
+    assert "expected section.key=value" in refusal("spleen", "training.epochs=5\nx=3")
+
+
+def test_all_problems_of_file_and_overrides_at_once(tmp_path: Path):
+    preprocess = {"spacing": [1, 1, 1], "hu_window": [0], "crop_foreground": True}
+    path = write_recipe(tmp_path / "r.json", preprocess=preprocess, extra=1)
+    assert refusal(path, "nonsense", "training.epochs=0").splitlines() == [
+        f"recipe '{path}': 6 problems",
+        "  --set nonsense: expected section.key=value",
+        "  extra: unknown key; known: name, title, source, labels, data, preprocess, network, sampling, augmentation, "
+        "objective, optimizer, training, inference",
+        "  preprocess.spacing: unknown key; did you mean 'spacing_mm'?",
+        "  preprocess.spacing_mm: missing",
+        "  preprocess.hu_window: expected 2 values, got [0]",
+        "  training.epochs: must be at least 1, got 0",
+    ]
+
+
+def test_names_that_are_no_recipe(tmp_path: Path):
+    known = "no such recipe; known: spleen"
+    for name in ("splen", "splen:small", "none.toml", "none.toml:small", "", ":", str(tmp_path)):
+        assert known in refusal(name)
+    assert refusal("spleen:big") == "recipe 'spleen:big': no variant 'big'; known: v1, model_zoo, small"
+    assert "no variant ''" in refusal("spleen:")
+    (tmp_path / "r.txt").write_text("")
+    assert known in refusal(str(tmp_path / "r.txt"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "fragment"),
+    [
+        ("r.toml", b"name = ", "cannot be read as TOML"),
+        ("r.toml", b"\xff\xfe", "cannot be read as TOML"),
+        ("r.toml", b"a = " + b"[" * 100_000, "cannot be read as TOML"),
+        ("r.toml", b"a = " + b"9" * 5000, "cannot be read as TOML"),
+        ("r.json", b"{", "cannot be read as JSON"),
+        ("r.json", b"[" * 100_000, "cannot be read as JSON"),
+        ("r.json", b"[]", "expected a JSON object, got list"),
+        ("r.toml", b"", "13 problems"),
+    ],
+)
+def test_files_that_are_no_recipe(tmp_path: Path, name: str, content: bytes, fragment: str):
+    (tmp_path / name).write_bytes(content)
+    assert fragment in refusal(str(tmp_path / name))
+
+
+def test_a_file_and_its_variant(tmp_path: Path):
+    path = tmp_path / "with:colon"
+    path.mkdir()
+    path /= "mine.toml"
+    path.write_text(recipe_path("spleen").read_text())
+    assert load_recipe(str(path)) == load_recipe("spleen")
+    assert load_recipe(f"{path}:small") == load_recipe("spleen:small")
+
+
+@pytest.mark.parametrize("variants", [5, [1, 2], {"small": 5}])
+def test_wrong_variants(tmp_path: Path, variants: object):
+    path = write_recipe(tmp_path / "r.json", variants=variants)
+    assert "no variant 'small'" in refusal(f"{path}:small")
+
+
+def test_recipe_inside_another_file():
+    with pytest.raises(RecipeError, match=r"^recipe inside 'x\.pt': file: expected a table, got None$"):
+        recipe_from_dict(None, "recipe inside 'x.pt'")
