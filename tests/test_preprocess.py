@@ -201,6 +201,13 @@ def test_type_and_memory_layout_do_not_matter(dtype: str, layout: str) -> None:
     np.testing.assert_array_equal(given, before)
 
 
+@pytest.mark.parametrize("dtype", ["u2", "u4", "i4", "f8"])
+def test_values_beyond_int16_are_clipped_not_wrapped(dtype: str) -> None:
+    values = np.array([0, 40_000, 65_000], dtype=dtype).reshape(3, 1, 1)
+    image = prepare(Volume(values, grid_of((3, 1, 1), (1.5, 1.5, 2.0), "RAS")), SPEC, CPU).image_XYZ
+    torch.testing.assert_close(image.flatten(), torch.tensor([57 / 221, 1.0, 1.0]))
+
+
 def test_window_is_clipped_to_0_and_1() -> None:
     values = np.array([-1024, -57, 53.5, 164, 3071], dtype=np.float32).reshape(5, 1, 1)
     image = prepare(Volume(values, grid_of((5, 1, 1), (1.5, 1.5, 2.0), "RAS")), SPEC, CPU).image_XYZ
@@ -208,11 +215,14 @@ def test_window_is_clipped_to_0_and_1() -> None:
 
 
 @pytest.mark.parametrize("slab_voxels", [1, 500, 1200])
+@pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize("tilt_degrees", [(0, 0, 0), (-8, 17, 29)])
 def test_slabs_give_the_whole_volume(
-    monkeypatch: pytest.MonkeyPatch, slab_voxels: int, tilt_degrees: tuple[int, ...]
+    monkeypatch: pytest.MonkeyPatch, slab_voxels: int, order: str, tilt_degrees: tuple[int, ...]
 ) -> None:
+    """Along the slowest axis of memory: the first (C), here made coarser, or the last (F), made finer."""
     volume = nifti_noise(grid_of(codes="SLA", tilt_degrees=tilt_degrees, as_in_nifti=True))
+    volume = replace(volume, array=np.array(volume.array, order=order))
     whole = prepare(volume, SPEC, CPU)
     scores = smooth_scores(whole.geometry.size, 3)
     one, several = restore(scores[1:2] - 0.4, whole), restore(scores, whole)
@@ -395,7 +405,9 @@ def test_all_or_nothing(channels: int, label: int) -> None:
 def test_equal_scores_are_background_or_the_first_label() -> None:
     grid = grid_of((4, 5, 3), SPEC.spacing_mm, "RAS")
     prepared = Prepared(torch.empty(0), network_geometry(grid, SPEC.spacing_mm), grid)
-    assert not restore(torch.zeros((1, 4, 5, 3)), prepared).any()
+    scores = torch.zeros((1, 4, 5, 3))
+    scores[0, 0, 0, 0] = scores[0, 3, 4, 2] = 0.1
+    assert np.count_nonzero(restore(scores, prepared)) == 2
     assert not restore(torch.full((3, 4, 5, 3), 1 / 3), prepared).any()
     scores = torch.tensor([0.2, 0.4, 0.4]).view(3, 1, 1, 1).expand(3, 4, 5, 3)
     assert (restore(scores, prepared) == 1).all()

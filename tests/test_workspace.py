@@ -127,9 +127,9 @@ def test_model_by_recipe_file(tiny_manifest: Manifest):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        (None, "no run in 'runs/' of this folder; train one with `ctseg train`, or name a --model"),
-        ("spleen", "no run of recipe 'spleen' in 'runs/' of this folder"),
-        ("spleen:small", "no run of recipe 'spleen:small'"),
+        (None, "no trained run in 'runs/' of this folder; train one with `ctseg train`, or name a --model"),
+        ("spleen", "no trained run of recipe 'spleen' in 'runs/' of this folder"),
+        ("spleen:small", "no trained run of recipe 'spleen:small'"),
         ("splen", "recipe 'splen': no such recipe; known: spleen"),
         ("spleen:big", "recipe 'spleen:big': no variant 'big'"),
         ("mine.toml", "recipe 'mine.toml': no such recipe"),
@@ -143,8 +143,10 @@ def test_model_that_is_not_there(name: str | None, message: str):
     assert str(caught.value).startswith(message)
 
 
-def test_run_without_a_checkpoint(tiny_manifest: Manifest):
-    run = make_run("spleen-001", tiny_manifest)
-    for name in (None, "spleen", str(run)):
-        with pytest.raises(ModelError, match=r"run 'runs/spleen-001': no checkpoint yet \(best\.pt or last\.pt\)"):
-            resolve_model(name)
+def test_run_without_a_checkpoint_is_passed_over_unless_it_is_named(tiny_manifest: Manifest):
+    trained = make_run("spleen-001", tiny_manifest, age_seconds=100, last=90)
+    started = make_run("spleen-002", tiny_manifest)
+    assert newest_run() == started
+    assert resolve_model(None) == resolve_model("spleen") == trained / "last.pt"
+    with pytest.raises(ModelError, match=r"run 'runs/spleen-002': no checkpoint yet \(best\.pt or last\.pt\)"):
+        resolve_model(str(started))

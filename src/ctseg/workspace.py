@@ -44,14 +44,14 @@ def run_recipe(run: Path) -> Recipe:
     return recipe_from_dict(data, f"recipe of run '{run}'")
 
 
-def newest_run(recipe_name: str | None = None) -> Path | None:
-    """The run in `runs/` that was written to last, of one recipe if given; None if there is none."""
+def newest_run(recipe_name: str | None = None, *, trained: bool = False) -> Path | None:
+    """The run in `runs/` that was written to last, of one recipe if given, with a checkpoint if `trained`, or None."""
     found = []
     for file in RUNS.glob(f"*/{RECIPE_FILE}"):
         run = file.parent
-        if recipe_name is None or _recipe_name(file) == recipe_name:
-            written = [f.stat().st_mtime_ns for f in (file, *(run / c for c in CHECKPOINTS)) if f.exists()]
-            found.append((max(written), run))
+        checkpoints = [run / name for name in CHECKPOINTS if (run / name).exists()]
+        if recipe_name in (None, _recipe_name(file)) and (checkpoints or not trained):
+            found.append((max(f.stat().st_mtime_ns for f in (file, *checkpoints)), run))
     return max(found, default=(0, None), key=lambda pair: (pair[0], str(pair[1])))[1]
 
 
@@ -103,9 +103,9 @@ def resolve_model(name: str | None) -> Path:
         raise ModelError(f"model '{name}': no such file or folder")
     if run is None:
         recipe_name = None if name is None else load_recipe(name).name
-        run = newest_run(recipe_name)
+        run = newest_run(recipe_name, trained=True)
         if run is None:
-            what = "no run" if recipe_name is None else f"no run of recipe '{recipe_name}'"
+            what = "no trained run" if recipe_name is None else f"no trained run of recipe '{recipe_name}'"
             raise ModelError(f"{what} in '{RUNS}/' of this folder; train one with `ctseg train`, or name a --model")
     for checkpoint in CHECKPOINTS:
         if (run / checkpoint).is_file():

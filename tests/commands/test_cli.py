@@ -76,7 +76,7 @@ WRONG = {
     "validate --split trainin": "--split trainin: expected one of training, validation, testing, test",
     "validate --split testing": "manifest 'test': split 'testing' has no cases; it has test 1",
     "validate --model none.pt": "model 'none.pt': no such file or folder",
-    "validate --model spleen:v1": "no run of recipe 'spleen:v1' in 'runs/'",
+    "validate --model spleen:v1": "no trained run of recipe 'spleen:v1' in 'runs/'",
     "validate --manifest none.json": "manifest 'none.json': cannot be read",
     "validate --data nowhere": "data set 'msd_spleen': no image found below 'nowhere/Task09_Spleen'",
     "validate --split test --output file": "cannot write 'file': File exists",

@@ -249,7 +249,7 @@ def _validate(trainer: Trainer, model: Model, cases: list[CaseArrays], progress:
     """Mean Dice over all cases; each process takes its share of them, each case is counted once."""
     runtime = trainer.runtime
     mine = cases[runtime.rank :: runtime.world_size]
-    #runtime.copy_from_main(trainer.network.buffers())  # batch statistics: those that the checkpoint holds are scored
+    runtime.copy_from_main(trainer.network.buffers())  # batch statistics: those that the checkpoint holds are scored
     trainer.network.eval()
     progress.start("validating", len(mine))
     values = []

@@ -72,6 +72,8 @@ def _claim(output: Path, model: Model, jobs: list[Job], overwrite: bool) -> None
         present = json.loads((output / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         present = record
+    if not isinstance(present, dict):
+        present = {}
     if present.get("sha256") != model.sha256:
         if not overwrite:
             raise CtsegError(
