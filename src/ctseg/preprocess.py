@@ -36,7 +36,7 @@ class Prepared:
     """A network's input and the two grids it lies between.
 
     Attributes:
-        image_XYZ: float32 in 0..1.
+        image_XYZ: float32 in 0..1; a view in the source's order of memory, no copy.
         geometry: The RAS grid of `image_XYZ`.
         source: The grid of the CT it was made from.
     """
@@ -137,7 +137,7 @@ def prepare(volume: Volume, spec: Preprocess, device: torch.device) -> Prepared:
     for start, slab in _resampled_slabs(source, taps, device):
         out[start : start + len(slab)] = slab.sub_(low).div_(high - low).clamp_(0.0, 1.0)
     ras_axes = [orientation_to_ras(volume.geometry)[axis][0] for axis in axes]
-    image_XYZ = out.permute([ras_axes.index(n) for n in range(3)]).contiguous()
+    image_XYZ = out.permute([ras_axes.index(n) for n in range(3)])
     return Prepared(image_XYZ, grid, volume.geometry)
 
 
@@ -212,15 +212,11 @@ def _decided_slabs(scores: Tensor, taps: list[Taps]) -> Iterator[tuple[int, Tens
 
 def _label_box(scores_CXYZ: Tensor) -> list[tuple[int, int]] | None:
     """First and last index along X, Y, Z of voxels with a label, or None where there is none."""
-    labelled = scores_CXYZ[0] > 0 if len(scores_CXYZ) == 1 else scores_CXYZ.argmax(dim=0) > 0
-    box = []
-    for axis in range(3):
-        others = [a for a in range(3) if a != axis]
-        hits = labelled.any(dim=others[1]).any(dim=others[0]).nonzero()
-        if len(hits) == 0:
-            return None
-        box.append((int(hits[0]), int(hits[-1])))
-    return box
+    lead_XYZ = scores_CXYZ[0] if len(scores_CXYZ) == 1 else scores_CXYZ[1:].amax(dim=0) - scores_CXYZ[0]
+    lead_XY = lead_XYZ.amax(dim=2)
+    profiles = (lead_XY.amax(dim=1), lead_XY.amax(dim=0), lead_XYZ.amax(dim=0).amax(dim=0))
+    hits = [(profile > 0).nonzero() for profile in profiles]
+    return None if len(hits[0]) == 0 else [(int(hit[0]), int(hit[-1])) for hit in hits]
 
 
 def _reach(taps: Taps, first: int, last: int) -> tuple[int, int]:

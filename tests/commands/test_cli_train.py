@@ -111,6 +111,27 @@ def test_refusals(
     assert sorted(folder.rglob("*")) == before
 
 
+def test_resume_by_name_goes_on_with_the_runs_own_recipe(trained: tuple[Path, Any], run_cli: Callable[..., Any]):
+    folder, _ = trained
+    before = (folder / "runs/spleen-small-001/last.pt").read_bytes()
+    result = run_cli(folder, "train", "spleen:small", "--resume", "--json", "--quiet")
+    assert result.code == 0
+    assert json.loads(result.out)["epochs"] == 2, "the run's, not the 32 of the shipped recipe"
+    assert (folder / "runs/spleen-small-001/last.pt").read_bytes() == before
+
+
+def test_resume_with_a_file_that_says_otherwise_is_refused(trained: tuple[Path, Any], run_cli: Callable[..., Any]):
+    folder, _ = trained
+    run = folder / "runs/spleen-small-001"
+    changed = json.loads((run / "recipe.json").read_text())
+    changed["training"]["epochs"] = 3
+    write_json(folder / "mine.json", changed)
+    result = run_cli(folder, "train", "mine.json", "--resume", "--output", "runs/spleen-small-001")
+    assert result.code == 2
+    assert "it differs in training.epochs" in result.message
+    (folder / "mine.json").unlink()
+
+
 def test_summary_for_people_and_a_folder_of_ones_own(
     trained: tuple[Path, Any], run_cli: Callable[..., Any], options: list[str], tiny_data: Path
 ):

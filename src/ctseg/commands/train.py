@@ -26,7 +26,7 @@ from ctseg.commands.common import (
 from ctseg.errors import CtsegError, RecipeError
 from ctseg.manifest import find_manifest
 from ctseg.progress import make_progress
-from ctseg.recipe import Recipe, load_recipe
+from ctseg.recipe import Recipe, load_recipe, recipe_names
 from ctseg.sources.catalogue import PHANTOM, find_data
 from ctseg.workspace import PREPARED, RECIPE_FILE, new_run, newest_run, run_recipe
 
@@ -53,10 +53,9 @@ def train(
     quiet: QuietFlag = False,
 ) -> None:
     """Train a recipe; progress and curves go to the run folder."""
-    wanted = load_recipe(recipe, overrides)
     if resume and (manifest or data):
         raise CtsegError("--resume: goes on with the data of the run, so --manifest and --data cannot be given")
-    run = _resumed_run(wanted, output) if resume else _fresh_run(wanted, output)
+    wanted, run = (_resumed_run if resume else _fresh_run)(recipe, overrides, output)
     if gpus is not None:
         from ctseg.engine.launch import check_gpus, is_launched, launch
 
@@ -80,24 +79,29 @@ def train(
             emit(dataclasses.asdict(result), _summary(result), as_json)
 
 
-def _fresh_run(recipe: Recipe, output: Path | None) -> Path:
+def _fresh_run(name: str, overrides: list[str] | None, output: Path | None) -> tuple[Recipe, Path]:
+    recipe = load_recipe(name, overrides)
     if output is not None and output.is_file():
         raise CtsegError(f"--output {output}: must be a folder, got a file")
     if output is not None and (output / RECIPE_FILE).exists() and "RANK" not in os.environ:
         raise CtsegError(f"'{output}' already holds a run; continue it with --resume or choose another --output")
-    return output or new_run(recipe)
+    return recipe, output or new_run(recipe)
 
 
-def _resumed_run(recipe: Recipe, output: Path | None) -> Path:
+def _resumed_run(name: str, overrides: list[str] | None, output: Path | None) -> tuple[Recipe, Path]:
+    """The run to go on with and its own recipe; what is given anew, by --set or by a file, must agree with it."""
+    recipe = load_recipe(name, overrides)
     run = output or newest_run(recipe.name)
     if run is None:
         raise CtsegError(f"--resume: no run of recipe '{recipe.name}' in 'runs/' of this folder; name it with --output")
-    differing = _differences(recipe.to_dict(), run_recipe(run).to_dict())
-    if differing:
+    own = run_recipe(run)
+    differing = _differences(recipe.to_dict(), own.to_dict())
+    given_anew = overrides or recipe.name != own.name or name.partition(":")[0] not in recipe_names()
+    if differing and given_anew:
         raise RecipeError(
             f"--resume: run '{run}' was started with another recipe; it differs in {', '.join(differing)}"
         )
-    return run
+    return own, run
 
 
 def _differences(wanted: dict[str, Any], present: dict[str, Any]) -> list[str]:

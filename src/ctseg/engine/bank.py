@@ -129,7 +129,8 @@ def _prepare_case(folder: Path, case: Case, spec: Preprocess, num_labels: int) -
     if highest > num_labels:
         raise ImageError(f"'{case.label}': label value {highest}, but the recipe has values 1..{num_labels}")
     image_XYZ = prepare(image, spec, torch.device("cpu")).image_XYZ.numpy()
-    label_XYZ = prepare_labels(labels, spec)
+    # On the image's grid, to the last digit: the label's header may differ in its rounding.
+    label_XYZ = prepare_labels(Volume(labels.array, image.geometry), spec)
     if spec.crop_foreground:
         box = _foreground_box(image_XYZ)
         image_XYZ, label_XYZ = image_XYZ[box], label_XYZ[box]

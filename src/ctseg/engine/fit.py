@@ -198,7 +198,7 @@ class _Stepper:
             raise Stopped  # the main process tells it
         raise Stopped(
             f"stopped by a signal in epoch {trainer.epoch + 1} after step {trainer.step}; "
-            f"go on with: ctseg train {trainer.recipe.name} --resume --output {run}"
+            f"go on with the same command and --resume --output {run}"
         )
 
     def _step(self, batch: list[int]) -> Tensor:
