@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 from monai.networks.nets import UNet
+from torch import nn
 
-from ctseg.networks import build_network, count_parameters, network_for
+from ctseg.networks import build_network, count_parameters, fold_for_inference, network_for
 from ctseg.recipe import Recipe, load_recipe
 
 
@@ -55,3 +56,24 @@ def test_frozen_parameters_are_not_counted() -> None:
     assert count_parameters(network) == 3 * 4 + 4 + 4 * 2 + 2
     network[0].requires_grad_(False)
     assert count_parameters(network) == 4 * 2 + 2
+
+
+def test_folded_network_gives_the_same_answer_and_leaves_its_input_alone() -> None:
+    torch.manual_seed(3)
+    network = network_for(load_recipe("spleen:small")).eval()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm3d):  # statistics and slopes as after a training, not the neutral ones
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2.0)
+            nn.init.normal_(module.weight, 1.0, 0.3)
+            nn.init.normal_(module.bias, 0.0, 0.3)
+        if isinstance(module, nn.PReLU):
+            nn.init.uniform_(module.weight, -0.3, 0.4)
+    image = torch.randn(1, 1, 32, 32, 32)
+    before = image.clone()
+    with torch.inference_mode():
+        wanted = network(image)
+        got = fold_for_inference(network)(image)
+    assert torch.equal(image, before)
+    assert float((wanted - got).abs().max()) < 1e-5 * float(wanted.abs().max())
+    assert not any(isinstance(module, nn.BatchNorm3d | nn.PReLU) for module in network.modules())

@@ -1,5 +1,7 @@
 """The losses against their formulas in NumPy, the optimizers' settings, and five golden steps of training."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,15 @@ from ctseg.recipe import load_recipe
 
 SMOOTH = 1e-5
 """MONAI's `smooth_nr` and `smooth_dr`."""
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """On a busy machine the threads of a tiny network wait for each other."""
+    number = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(number)
 
 
 def softmax(logits_BCXYZ: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ctseg.recipe import Recipe, UNetSpec
 
@@ -26,6 +27,26 @@ def build_network(spec: UNetSpec, in_channels: int, out_channels: int) -> nn.Mod
 def network_for(recipe: Recipe) -> nn.Module:
     """The recipe's network: one CT channel in, one score for each class out (background first)."""
     return build_network(recipe.network, in_channels=1, out_channels=recipe.num_classes)
+
+
+def fold_for_inference(network: nn.Module) -> nn.Module:
+    """The network itself, changed to need less memory and time for the same answer (to float32 rounding).
+
+    Batch normalisation with fixed statistics becomes part of the convolution before it, and an activation with one
+    slope works in place. The network cannot be trained any more.
+    """
+    network.eval()
+    for block in network.modules():
+        convolution, adn = getattr(block, "conv", None), getattr(block, "adn", None)
+        if not isinstance(convolution, nn.Conv3d | nn.ConvTranspose3d) or adn is None:
+            continue
+        if isinstance(getattr(adn, "N", None), nn.BatchNorm3d):
+            transposed = isinstance(convolution, nn.ConvTranspose3d)
+            block.conv = fuse_conv_bn_eval(convolution, adn.N, transposed)
+            adn.N = nn.Identity()
+        if isinstance(getattr(adn, "A", None), nn.PReLU) and adn.A.num_parameters == 1:
+            adn.A = nn.LeakyReLU(adn.A.weight.item(), inplace=True)
+    return network
 
 
 def count_parameters(network: nn.Module) -> int:

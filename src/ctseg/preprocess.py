@@ -23,8 +23,8 @@ from ctseg.errors import ImageError
 from ctseg.recipe import Preprocess
 from ctseg.volume import Geometry, Volume, orientation_to_ras, to_ras
 
-SLAB_VOXELS = 4_000_000
-"""Resampling works on about this many voxels at a time (16 MB of float32)."""
+SLAB_VOXELS = 1_000_000
+"""Resampling works on about this many voxels at a time (4 MB of float32)."""
 MAX_VOXELS = 2**31
 """More on the network's grid is a damaged header, not a CT: a whole body at 1 mm has a quarter of this."""
 SPACING_TOLERANCE_MM = 1e-3

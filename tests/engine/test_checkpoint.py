@@ -1,6 +1,7 @@
 """Checkpoints are plain data, written whole, and nothing else is read."""
 
 import hashlib
+import os
 import pickle
 import random
 from pathlib import Path
@@ -120,16 +121,17 @@ def test_a_later_version_is_refused(saved: Path) -> None:
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
 def test_a_crash_while_writing_leaves_the_old_file(saved: Path, monkeypatch, error: BaseException) -> None:
-    before, write = saved.read_bytes(), torch.save
+    """The new file is written but not yet on disk, and nothing else is left of it."""
+    before, seen = saved.read_bytes(), []
 
-    def crash(content: Any, path: Path) -> None:
-        write(content, path)
-        path.write_bytes(path.read_bytes()[:100])
+    def crash(_descriptor: int) -> None:
+        seen.extend(path for path in saved.parent.iterdir() if path != saved)
         raise error
 
-    monkeypatch.setattr(torch, "save", crash)
+    monkeypatch.setattr(os, "fsync", crash)
     with pytest.raises(OutputError if isinstance(error, OSError) else KeyboardInterrupt):
         save_checkpoint(saved, {"epoch": 4})
+    assert len(seen) == 1  # it was about to be
     assert saved.read_bytes() == before
     assert list(saved.parent.iterdir()) == [saved]
 

@@ -181,6 +181,16 @@ def test_weights_do_not_depend_on_the_validation(tiny_recipe, tmp_path, train_ti
     assert_same(content(tmp_path / "1")["model"], content(tmp_path / "3")["model"])
 
 
+def test_batch_statistics_come_from_every_training_step_and_no_other(
+    tiny_recipe, tmp_path, train_tiny, changed
+) -> None:
+    """Three epochs of two steps, each validated in between."""
+    train_tiny(changed(tiny_recipe, training={"epochs": 3}), tmp_path / "run")
+    weights = content(tmp_path / "run")["model"]
+    counts = [int(value) for name, value in weights.items() if name.endswith("num_batches_tracked")]
+    assert set(counts) == {6}
+
+
 def test_a_diverging_loss_is_an_error_that_names_its_cure(tiny_recipe, tmp_path, train_tiny, changed) -> None:
     recipe = changed(tiny_recipe, optimizer={"lr": 1e30}, training={"epochs": 5})
     with pytest.raises(CtsegError, match=r"training diverged: the loss of epoch \d is nan; lower optimizer.lr"):

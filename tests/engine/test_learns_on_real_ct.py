@@ -13,8 +13,8 @@ from ctseg.progress import Silent
 from ctseg.recipe import load_recipe
 
 SHORTENED = [
-    "training.epochs=160",
-    "training.lr_step_epochs=120",
+    "training.epochs=260",
+    "training.lr_step_epochs=220",
     "training.batch_cases=3",
     "sampling.patches_per_case=2",
 ]

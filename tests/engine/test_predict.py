@@ -98,8 +98,7 @@ def test_a_ct_smaller_than_a_window_keeps_its_marker(recipe: Recipe, size: tuple
 
 
 @pytest.mark.parametrize("codes", ORIENTATIONS)
-def test_network_sees_right_to_left_front_to_back_in_ras(recipe: Recipe, codes: str) -> None:
-    """A network that labels the last octant of its window labels the patient's right upper front."""
+def test_the_end_of_a_window_is_the_patients_right_upper_front(recipe: Recipe, codes: str) -> None:
 
     def last_octant(image_BCXYZ: Tensor) -> Tensor:
         logits = torch.zeros((len(image_BCXYZ), 2, 16, 16, 16))
@@ -141,7 +140,7 @@ def test_progress_counts_every_network_call(recipe: Recipe) -> None:
 
 def test_windows_start_where_monais_do() -> None:
     rng = np.random.default_rng(0)
-    for _ in range(500):
+    for _ in range(200):
         x, y, z = (int(n) for n in rng.integers(1, 40, 3))
         shape = (x + int(rng.integers(0, 90)), y + int(rng.integers(0, 90)), z + int(rng.integers(0, 3)))
         overlap = float(rng.choice([0.0, 0.1, 0.25, 0.5, 0.6, 0.9, 0.99]))

@@ -122,6 +122,7 @@ def test_one_process_needs_no_peers() -> None:
     assert alone.gather({"a": 1}) == [{"a": 1}]
     assert (alone.any_process(True), alone.any_process(False)) == (True, False)
     alone.wait_for_all()
+    alone.copy_from_main([torch.zeros(1)])
     assert not Runtime(torch.device("cpu"), None, rank=1, world_size=2).is_main
 
 

@@ -20,6 +20,7 @@ from monai.transforms import (
     Spacingd,
 )
 from numpy.typing import NDArray
+from scipy.spatial.transform import Rotation
 from torch import Tensor, nn
 
 from ctseg.engine.model import Model, forward_of
@@ -156,8 +157,6 @@ def test_an_oblique_file_gets_monais_mask(
     tmp_path: Path, write_ct: Callable[[Path, Volume], None], compare: Callable[[Path, Inference], Comparison]
 ) -> None:
     """Turned by 20 degrees and stored as NIfTI: MONAI aligns the grids' middles there."""
-    from scipy.spatial.transform import Rotation
-
     grid = centered_grid((61, 70, 33), (3.1, 2.9, 6.2), "PIR")
     turn = Rotation.from_euler("xyz", (20, -12, 7), degrees=True).as_matrix()
     turned = Geometry.from_parts(grid.size, grid.spacing_mm, grid.origin_mm, turn @ grid.direction)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ctseg.engine.checkpoint import file_sha256, read_checkpoint
 from ctseg.engine.runtime import Runtime
 from ctseg.errors import ModelError
-from ctseg.networks import network_for
+from ctseg.networks import fold_for_inference, network_for
 from ctseg.recipe import Recipe, recipe_from_dict
 
 Forward = Callable[[Tensor], Tensor]
@@ -80,7 +80,7 @@ def load_network(path: Path) -> tuple[Recipe, nn.Module]:
 
 def _from_checkpoint(path: Path, runtime: Runtime) -> tuple[Recipe, Forward]:
     recipe, network = load_network(path)
-    return recipe, forward_of(network, runtime)
+    return recipe, forward_of(fold_for_inference(network), runtime)
 
 
 def _from_torchscript(path: Path, runtime: Runtime) -> tuple[Recipe, Forward]:

@@ -8,17 +8,17 @@ grid is all that is accumulated.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
 from ctseg.engine.model import Model
 from ctseg.preprocess import prepare, restore
 from ctseg.recipe import Inference
+from ctseg.sampling import cut_patch
 from ctseg.volume import Volume
 
 Start = tuple[int, int, int]
@@ -47,28 +47,33 @@ def scores_from_logits(logits_CXYZ: Tensor) -> Tensor:
 
 
 def window_logits(model: Model, image_XYZ: Tensor, inference: Inference, on_window: OnWindow | None = None) -> Tensor:
-    """Averaged logits on the whole grid, float32 `[C, X, Y, Z]`; two classes give one channel: their difference."""
-    image_XYZ, inside = _pad_to_window(image_XYZ, inference.window_size)
-    shape = _shape(image_XYZ)
-    starts = list(window_starts(shape, inference.window_size, inference.overlap))
+    """Averaged logits on the whole grid, float32 `[C, X, Y, Z]`; two classes give one channel: their difference.
+
+    Where the image is smaller than the window, windows are padded with zeros, half before and half after it.
+    """
+    shape, window = _size(image_XYZ.shape), inference.window_size
+    starts = list(window_starts(_size(map(max, shape, window)), window, inference.overlap))
     num_classes = model.recipe.num_classes
     channels = 1 if num_classes == 2 else num_classes
     total_CXYZ = torch.zeros((channels, *shape), device=image_XYZ.device)
+    held = [min(n, w) for n, w in zip(shape, window, strict=True)]  # what a window holds of the image
+    x, y, z = (slice((w - n) // 2, (w - n) // 2 + n) for n, w in zip(held, window, strict=True))
     batch = inference.batch_windows if model.runtime.device.type == "cuda" else 1
     for first in range(0, len(starts), batch):
-        group = [_box(start, inference.window_size) for start in starts[first : first + batch]]
-        logits_BCXYZ = model.forward(torch.stack([image_XYZ[box] for box in group]).unsqueeze(1))
+        group = starts[first : first + batch]
+        logits_BCXYZ = model.forward(torch.stack([cut_patch(image_XYZ, start, window) for start in group]).unsqueeze(1))
         if num_classes == 2:
             logits_BCXYZ = logits_BCXYZ[:, 1:] - logits_BCXYZ[:, :1]
-        for box, logits_CXYZ in zip(group, logits_BCXYZ, strict=True):
-            total_CXYZ[..., box[0], box[1], box[2]] += logits_CXYZ
+        for start, logits_CXYZ in zip(group, logits_BCXYZ[..., x, y, z], strict=True):
+            to_x, to_y, to_z = (slice(s, s + n) for s, n in zip(start, held, strict=True))
+            total_CXYZ[..., to_x, to_y, to_z] += logits_CXYZ
         if on_window is not None:
             on_window(first // batch + 1, -(-len(starts) // batch))
-    for axis, counts in enumerate(_counts(starts, shape, inference.window_size)):
+    for axis, counts in enumerate(_counts(starts, shape, window)):
         along = [1, 1, 1, 1]
         along[axis + 1] = -1
         total_CXYZ /= torch.from_numpy(counts).to(total_CXYZ).view(along)
-    return total_CXYZ[..., inside[0], inside[1], inside[2]]
+    return total_CXYZ
 
 
 def window_starts(shape: Start, window: Start, overlap: float) -> Iterator[Start]:
@@ -97,20 +102,6 @@ def _counts(starts: list[Start], shape: Start, window: Start) -> list[NDArray[np
     return counts
 
 
-def _pad_to_window(image_XYZ: Tensor, window: Start) -> tuple[Tensor, tuple[slice, ...]]:
-    """The image padded with zeros (half before, half after) to at least `window`, and where the image lies in it."""
-    missing = [max(w - n, 0) for w, n in zip(window, image_XYZ.shape, strict=True)]
-    inside = tuple(slice(m // 2, m // 2 + n) for m, n in zip(missing, image_XYZ.shape, strict=True))
-    if any(missing):
-        pads = [(m // 2, m - m // 2) for m in missing]
-        image_XYZ = functional.pad(image_XYZ, [p for pair in reversed(pads) for p in pair])
-    return image_XYZ, inside
-
-
-def _shape(image_XYZ: Tensor) -> Start:
-    x, y, z = image_XYZ.shape
+def _size(values: Iterable[int]) -> Start:
+    x, y, z = values
     return x, y, z
-
-
-def _box(start: Start, size: Start) -> tuple[slice, ...]:
-    return tuple(slice(s, s + n) for s, n in zip(start, size, strict=True))

@@ -1,0 +1,160 @@
+"""Exports carry their recipe, answer as the checkpoint does, and are not kept if they do not."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from ctseg.engine import export as engine
+from ctseg.engine.checkpoint import save_checkpoint
+from ctseg.engine.export import ExportReport, export
+from ctseg.engine.model import Model, load_model
+from ctseg.engine.predict import predict
+from ctseg.engine.runtime import Runtime
+from ctseg.errors import CtsegError, ModelError
+from ctseg.networks import network_for
+from ctseg.recipe import Recipe, load_recipe
+from ctseg.sources.phantom import centered_grid, make_phantom
+from ctseg.volume import Volume
+
+FORMATS = {"torchscript": ".ts", "onnx": ".onnx"}
+
+
+@pytest.fixture(scope="module")
+def phantom() -> Volume:
+    """A CT that no training has seen, with odd sizes and flipped axes."""
+    return make_phantom(99, 0, grid=centered_grid((47, 41, 31), (5.0, 5.0, 5.0), "SRA")).image
+
+
+@pytest.fixture(scope="module", params=FORMATS)
+def exported(request, tiny_checkpoint: Path, cpu: Runtime, tmp_path_factory) -> ExportReport:
+    """The tiny model in each format."""
+    output = tmp_path_factory.mktemp("export") / f"model{FORMATS[request.param]}"
+    return export(tiny_checkpoint, request.param, output, cpu)
+
+
+def untrained(recipe: Recipe, path: Path) -> Path:
+    """A checkpoint of made weights, with batch statistics that are not those of a fresh network."""
+    torch.manual_seed(2)
+    network = network_for(recipe).train()
+    with torch.no_grad():
+        for _ in range(3):
+            network(torch.rand(2, 1, 32, 32, 32))
+    save_checkpoint(path, {"recipe": recipe.to_dict(), "model": network.state_dict()})
+    return path
+
+
+def agreement(checkpoint: Path, file: Path, volume: Volume, runtime: Runtime) -> tuple[float, float]:
+    """Share of voxels in which the masks of both agree, and of those that the checkpoint labels."""
+    expected, got = (predict(load_model(path, runtime), volume) for path in (checkpoint, file))
+    return float((expected == got).mean()), float(expected.mean())
+
+
+def test_masks_are_those_of_the_checkpoint(
+    exported: ExportReport, tiny_checkpoint: Path, phantom: Volume, cpu: Runtime
+) -> None:
+    agreed, labelled = agreement(tiny_checkpoint, exported.path, phantom, cpu)
+    assert agreed >= 0.9999
+    assert 0.001 < labelled < 0.5
+
+
+def test_recipe_is_inside(exported: ExportReport, tiny_model: Model, cpu: Runtime) -> None:
+    assert load_model(exported.path, cpu).recipe == tiny_model.recipe
+
+
+def test_report_says_what_is_in_the_file(exported: ExportReport, tiny_recipe: Recipe) -> None:
+    assert exported.path.is_file()
+    assert exported.input_shape == (1, 1, *tiny_recipe.inference.window_size)
+    assert exported.windows == 2
+    if exported.format == "torchscript":
+        assert exported.opset is None
+        return
+    model = onnx.load(str(exported.path))
+    onnx.checker.check_model(model, full_check=True)
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", exported.opset)]
+    assert not any(tensor.external_data for tensor in model.graph.initializer)
+
+
+def test_report_measures_what_the_files_differ_by(exported: ExportReport, tiny_model: Model, cpu: Runtime) -> None:
+    """The same differences, found without its code, on the first window of the CT that it takes."""
+    windows = engine._probe_windows(tiny_model.recipe, cpu)
+    other = load_model(exported.path, cpu)
+    logits = [(tiny_model.forward(w[None, None]), other.forward(w[None, None])) for w in windows]
+    assert exported.largest_logit == pytest.approx(max(float(a.abs().max()) for a, _ in logits), rel=1e-5)
+    difference = max(float((a - b).abs().max()) for a, b in logits)
+    assert exported.largest_difference == pytest.approx(difference, abs=1e-5)
+    assert difference < 1e-3 * exported.largest_logit
+    assert exported.label_agreement >= 0.9999
+
+
+def test_any_number_of_windows_at_once(exported: ExportReport, tiny_model: Model, cpu: Runtime) -> None:
+    model = load_model(exported.path, cpu)
+    windows = torch.rand(3, 1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(model.forward(windows), tiny_model.forward(windows), rtol=1e-3, atol=1e-3)
+
+
+def test_files_run_without_ctseg(exported: ExportReport, tiny_model: Model) -> None:
+    window = torch.rand(1, 1, 16, 16, 16, generator=torch.Generator().manual_seed(1))
+    expected = tiny_model.forward(window).numpy()
+    if exported.format == "onnx":
+        session = onnxruntime.InferenceSession(str(exported.path), providers=["CPUExecutionProvider"])
+        assert [port.name for port in session.get_inputs()] == ["image"]
+        (got,) = session.run(["logits"], {"image": window.numpy()})
+        recipe = session.get_modelmeta().custom_metadata_map["ctseg_recipe.json"]
+    else:
+        extra = {"ctseg_recipe.json": ""}
+        with pytest.warns(DeprecationWarning, match="torch.jit.load"):
+            network = torch.jit.load(str(exported.path), _extra_files=extra)
+        got, recipe = network(window).detach().numpy(), extra["ctseg_recipe.json"]
+    np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-3)
+    assert json.loads(recipe) == tiny_model.recipe.to_dict()
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+@pytest.mark.parametrize("reason", ["tolerance", "labels"])
+def test_a_file_out_of_tolerance_is_not_kept(
+    tiny_checkpoint: Path, cpu: Runtime, tmp_path: Path, monkeypatch, file_format: str, reason: str
+) -> None:
+    """An older file of the name stays as it was."""
+    output = tmp_path / f"model{FORMATS[file_format]}"
+    output.write_bytes(b"older")
+    monkeypatch.setattr(engine, *(("TOLERANCE", -1.0) if reason == "tolerance" else ("MIN_AGREEMENT", 1.1)))
+    with pytest.raises(ModelError, match=rf"export to {file_format}: differs .*; the file was not kept"):
+        export(tiny_checkpoint, file_format, output, cpu)
+    assert output.read_bytes() == b"older"
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_a_wrong_export_is_found(tiny_checkpoint: Path, cpu: Runtime, tmp_path: Path, monkeypatch) -> None:
+    """Batch normalisation in training mode is what exports get wrong most easily."""
+    trace = torch.jit.trace
+    monkeypatch.setattr(torch.jit, "trace", lambda network, example: trace(network.train(), example))
+    monkeypatch.setattr(engine, "forward_of", lambda network, runtime: load_model(tiny_checkpoint, runtime).forward)
+    with pytest.raises(ModelError, match="differs from the eager model"):
+        export(tiny_checkpoint, "torchscript", tmp_path / "model.ts", cpu)
+
+
+def test_wrong_names_are_refused_before_any_work(tmp_path: Path, cpu: Runtime) -> None:
+    with pytest.raises(CtsegError, match="format 'tensorrt': expected one of torchscript, onnx"):
+        export(tmp_path / "none.pt", "tensorrt", tmp_path / "model.trt", cpu)
+    with pytest.raises(CtsegError, match=r"a onnx file must end in .onnx"):
+        export(tmp_path / "none.pt", "onnx", tmp_path / "model.ts", cpu)
+    with pytest.raises(ModelError, match="no such file"):
+        export(tmp_path / "none.pt", "onnx", tmp_path / "model.onnx", cpu)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+@pytest.mark.parametrize("name", ["spleen:small", pytest.param("spleen", marks=pytest.mark.slow)])
+def test_shipped_recipes_export(tmp_path: Path, cpu: Runtime, phantom: Volume, name: str, file_format: str) -> None:
+    recipe = load_recipe(name)
+    checkpoint, output = untrained(recipe, tmp_path / "best.pt"), tmp_path / f"model{FORMATS[file_format]}"
+    report = export(checkpoint, file_format, output, cpu)
+    assert report.input_shape == (1, 1, *recipe.inference.window_size)
+    agreed, labelled = agreement(checkpoint, output, phantom, cpu)
+    assert agreed >= 0.9999
+    assert 0 < labelled < 1

@@ -1,0 +1,215 @@
+"""Many CTs: finished masks are kept, a bad file leaves the others alone, and models and half masks never mix."""
+
+import csv
+import dataclasses
+import json
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ctseg.engine import infer as engine
+from ctseg.engine.infer import infer
+from ctseg.engine.model import Model, load_model
+from ctseg.engine.predict import predict
+from ctseg.engine.runtime import Runtime
+from ctseg.errors import CtsegError, OutputError
+from ctseg.io.images import read_image, read_labels
+from ctseg.jobs import Job
+from ctseg.manifest import Manifest
+from ctseg.progress import Silent
+
+
+@pytest.fixture
+def jobs(tiny_manifest: Manifest, tmp_path: Path) -> list[Job]:
+    """Three CTs, copied so that a test may change them."""
+    found = []
+    for case in tiny_manifest.cases[:3]:
+        image = tmp_path / "in" / case.image.name
+        image.parent.mkdir(exist_ok=True)
+        image.write_bytes(case.image.read_bytes())
+        found.append(Job(image, tmp_path / "out" / f"{case.name}_seg.nii.gz"))
+    return found
+
+
+def statuses(outcomes: list[engine.Outcome]) -> list[str]:
+    return [outcome.status for outcome in outcomes]
+
+
+def states(jobs: list[Job]) -> list[tuple[int, int]]:
+    """What changes when a file is written anew."""
+    return [(s.st_ino, s.st_mtime_ns) for s in (job.mask.stat() for job in jobs)]
+
+
+def test_masks_are_those_of_predict_on_each_grid(tiny_model: Model, jobs: list[Job], tmp_path: Path) -> None:
+    outcomes = infer(tiny_model, jobs, tmp_path / "out", Silent())
+    assert statuses(outcomes) == ["done"] * 3
+    for job, outcome in zip(jobs, outcomes, strict=True):
+        volume, written = read_image(job.image), read_labels(job.mask)
+        expected = predict(tiny_model, volume)
+        assert 0 < expected.mean() < 1
+        np.testing.assert_array_equal(written.array, expected)
+        np.testing.assert_allclose(written.geometry.affine, volume.geometry.affine, atol=1e-4)
+        assert outcome.volumes_ml == {"spleen": pytest.approx(int(expected.sum()) * 0.125)}  # voxels of 5 mm
+
+
+def test_a_second_run_skips_what_is_done(tiny_model: Model, jobs: list[Job], tmp_path: Path) -> None:
+    infer(tiny_model, jobs[:2], tmp_path / "out", Silent())
+    before = states(jobs[:2])
+    assert statuses(infer(tiny_model, jobs, tmp_path / "out", Silent())) == ["skipped", "skipped", "done"]
+    assert states(jobs[:2]) == before
+
+
+def test_a_ct_newer_than_its_mask_is_done_again(tiny_model: Model, jobs: list[Job], tmp_path: Path) -> None:
+    infer(tiny_model, jobs, tmp_path / "out", Silent())
+    later = jobs[1].mask.stat().st_mtime_ns + 10**9
+    os.utime(jobs[1].image, ns=(later, later))
+    assert statuses(infer(tiny_model, jobs, tmp_path / "out", Silent())) == ["skipped", "done", "skipped"]
+
+
+def test_overwrite_does_all_again(tiny_model: Model, jobs: list[Job], tmp_path: Path) -> None:
+    infer(tiny_model, jobs, tmp_path / "out", Silent())
+    before = states(jobs)
+    assert statuses(infer(tiny_model, jobs, tmp_path / "out", Silent(), overwrite=True)) == ["done"] * 3
+    assert all(now != then for now, then in zip(states(jobs), before, strict=True))
+
+
+def test_a_bad_file_is_listed_and_forgotten_once_mended(tiny_model: Model, jobs: list[Job], tmp_path: Path) -> None:
+    good = jobs[1].image.read_bytes()
+    jobs[1].image.write_bytes(good[:-300])
+    outcomes = infer(tiny_model, jobs, tmp_path / "out", Silent())
+    assert statuses(outcomes) == ["done", "failed", "done"]
+    assert not jobs[1].mask.exists()
+    (row,) = csv.DictReader((tmp_path / "out" / "failures.csv").read_text().splitlines())
+    assert row == {"image": str(jobs[1].image), "error": outcomes[1].error}
+    assert str(jobs[1].image) in outcomes[1].error
+    jobs[1].image.write_bytes(good)
+    assert statuses(infer(tiny_model, jobs, tmp_path / "out", Silent())) == ["skipped", "done", "skipped"]
+    assert not (tmp_path / "out" / "failures.csv").exists()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError()])
+def test_too_little_memory_for_one_ct_leaves_the_others(tiny_model, jobs, tmp_path: Path, monkeypatch, error) -> None:
+    calls = []
+
+    def sometimes(model: Model, volume, on_window):
+        calls.append(volume)
+        if len(calls) == 2:
+            raise error
+        return predict(model, volume, on_window)
+
+    monkeypatch.setattr(engine, "predict", sometimes)
+    outcomes = infer(tiny_model, jobs, tmp_path / "out", Silent())
+    assert statuses(outcomes) == ["done", "failed", "done"]
+    assert "not enough memory on cpu" in outcomes[1].error
+
+
+def test_an_output_that_cannot_be_written_ends_the_run(tiny_model, jobs, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "out").mkdir()
+    jobs[1].mask.mkdir()  # stands in the way
+    with pytest.raises(OutputError, match="cannot write"):
+        infer(tiny_model, jobs, tmp_path / "out", Silent(), overwrite=True)
+    assert jobs[0].mask.is_file()
+    assert not jobs[2].mask.exists()
+
+
+def test_the_folder_says_whose_masks_it_holds(tiny_model: Model, jobs: list[Job], tmp_path: Path) -> None:
+    infer(tiny_model, jobs[:1], tmp_path / "out", Silent())
+    record = json.loads((tmp_path / "out" / "ctseg_model.json").read_text())
+    assert record == {"recipe": "spleen:small", "model": "best.pt", "sha256": tiny_model.sha256}
+
+
+@pytest.fixture
+def other_model(tiny_model: Model) -> Model:
+    """A model that answers with empty masks."""
+    return dataclasses.replace(
+        tiny_model, sha256="0" * 64, forward=lambda x: torch.stack([x[:, 0] * 0, x[:, 0] * 0 - 1], dim=1)
+    )
+
+
+def test_another_model_is_refused_and_touches_nothing(tiny_model, other_model, jobs, tmp_path: Path) -> None:
+    infer(tiny_model, jobs, tmp_path / "out", Silent())
+    before = states(jobs)
+    with pytest.raises(CtsegError, match=r"holds masks of another model \(spleen:small, best.pt\); .*--overwrite"):
+        infer(other_model, jobs, tmp_path / "out", Silent())
+    assert states(jobs) == before
+
+
+def test_another_model_may_replace_all_masks(tiny_model, other_model, jobs, tmp_path: Path) -> None:
+    infer(tiny_model, jobs, tmp_path / "out", Silent())
+    assert statuses(infer(other_model, jobs, tmp_path / "out", Silent(), overwrite=True)) == ["done"] * 3
+    assert not any(read_labels(job.mask).array.any() for job in jobs)
+    assert statuses(infer(other_model, jobs, tmp_path / "out", Silent())) == ["skipped"] * 3
+
+
+def test_another_model_may_not_replace_some_masks(tiny_model, other_model, jobs, tmp_path: Path) -> None:
+    """The others would stay and pass for the new model's."""
+    infer(tiny_model, jobs, tmp_path / "out", Silent())
+    before = states(jobs)
+    with pytest.raises(CtsegError, match="holds 2 masks of another model that would stay"):
+        infer(other_model, jobs[:1], tmp_path / "out", Silent(), overwrite=True)
+    assert states(jobs) == before
+
+
+def test_replacing_that_is_cut_off_leaves_no_mask_of_the_old_model(
+    tiny_model, other_model, jobs, tmp_path: Path, monkeypatch
+) -> None:
+    """After the first of three CTs; going on with the new model finishes the rest, the old one is refused."""
+    infer(tiny_model, jobs, tmp_path / "out", Silent())
+    calls = []
+
+    def cut_off(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return predict(*args)
+
+    monkeypatch.setattr(engine, "predict", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        infer(other_model, jobs, tmp_path / "out", Silent(), overwrite=True)
+    monkeypatch.undo()
+    assert [job.mask.exists() for job in jobs] == [True, False, False]
+    with pytest.raises(CtsegError, match="another model"):
+        infer(tiny_model, jobs, tmp_path / "out", Silent())
+    assert statuses(infer(other_model, jobs, tmp_path / "out", Silent())) == ["skipped", "done", "done"]
+    assert not any(read_labels(job.mask).array.any() for job in jobs)
+
+
+def _infer_and_hang(checkpoint: Path, jobs: list[Job], output: Path) -> None:
+    """Hangs when the second mask is written but not yet renamed."""
+    from ctseg import files
+
+    masks, replace = [], Path.replace
+
+    def slow(path: Path, target: Path) -> Path:
+        if target.name.endswith("_seg.nii.gz"):
+            masks.append(target)
+            if len(masks) == 2:
+                (output / "hanging").touch()
+                time.sleep(60)
+        return replace(path, target)
+
+    files.Path.replace = slow
+    model = load_model(checkpoint, Runtime(torch.device("cpu"), None))
+    infer(model, jobs, output, Silent())
+
+
+def test_killed_in_the_middle_there_is_no_half_mask(
+    tiny_model: Model, tiny_checkpoint: Path, jobs: list[Job], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    process = multiprocessing.get_context("spawn").Process(target=_infer_and_hang, args=(tiny_checkpoint, jobs, output))
+    process.start()
+    deadline = time.monotonic() + 120
+    while not (output / "hanging").exists() and process.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert [job.mask.exists() for job in jobs] == [True, False, False]
+    assert statuses(infer(tiny_model, jobs, output, Silent())) == ["skipped", "done", "done"]
+    np.testing.assert_array_equal(read_labels(jobs[0].mask).array, predict(tiny_model, read_image(jobs[0].image)))
