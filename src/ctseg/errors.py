@@ -7,6 +7,7 @@
     |- ModelError                 a checkpoint or an exported model cannot be used
     |- DeviceError                the machine lacks what was asked for
     |- OutputError                a result cannot be written (disk full, read-only)
+    |- NotEnoughMemory            a case does not fit the device's memory
     |- LearningError              exit 1: a pipeline ran but missed its own target
     |- CasesFailed                exit 1: some cases failed, the rest are done
     `- Stopped                    exit 75: stopped by a signal, resumable
@@ -43,6 +44,10 @@ class DeviceError(CtsegError):
 
 class OutputError(CtsegError):
     """A result cannot be written."""
+
+
+class NotEnoughMemory(CtsegError):
+    """A case does not fit the memory of the device."""
 
 
 class LearningError(CtsegError):

@@ -25,8 +25,8 @@ from ctseg.volume import Geometry, Volume, orientation_to_ras, to_ras
 
 SLAB_VOXELS = 1_000_000
 """Resampling works on about this many voxels at a time (4 MB of float32)."""
-MAX_VOXELS = 2**31
-"""More on the network's grid is a damaged header, not a CT: a whole body at 1 mm has a quarter of this."""
+MAX_VOXELS = 2**30
+"""More on the network's grid is a damaged header, not a CT: a whole body at 1 mm has half of this."""
 SPACING_TOLERANCE_MM = 1e-3
 """Spacings this close count as equal, as in MONAI's Spacing."""
 

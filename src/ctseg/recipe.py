@@ -27,8 +27,10 @@ RECIPE_FOLDER = Path(__file__).parent / "recipes"
 
 Positive = Annotated[float, Range(above=0)]
 Probability = Annotated[float, Range(at_least=0, at_most=1)]
-Count = Annotated[int, Range(at_least=1)]
-Size = tuple[Count, Count, Count]
+Count = Annotated[int, Range(at_least=1, at_most=100_000)]
+Channels = Annotated[int, Range(at_least=1, at_most=4096)]
+Length = Annotated[int, Range(at_least=1, at_most=1024)]
+Size = tuple[Length, Length, Length]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +63,7 @@ class UNetSpec:
     """MONAI's UNet with residual units (Kerfoot et al. 2019)."""
 
     kind: Literal["unet"]
-    channels: tuple[Count, ...]
+    channels: tuple[Channels, ...]
     strides: tuple[Count, ...]
     num_res_units: Annotated[int, Range(at_least=0)]
     norm: Literal["batch", "instance"]

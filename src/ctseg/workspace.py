@@ -5,19 +5,22 @@ A run folder holds `recipe.json` (the resolved recipe), `data.json` (its cases, 
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from ctseg.errors import CtsegError, ModelError, RecipeError
 from ctseg.files import make_folder, write_json
 from ctseg.manifest import SPLITS, Case, Manifest
-from ctseg.recipe import Recipe, load_recipe, recipe_from_dict
+from ctseg.recipe import Recipe, load_recipe, recipe_from_dict, recipe_names
 
 RUNS = Path("runs")
 PREPARED = Path("prepared")
 RECIPE_FILE, DATA_FILE = "recipe.json", "data.json"
 CHECKPOINTS = ("best.pt", "last.pt")
+MODEL_SUFFIXES = (".pt", ".ts", ".onnx")
 EXPORT_SUFFIXES = {"torchscript": ".ts", "onnx": ".onnx"}
 
 
@@ -62,17 +65,30 @@ def _recipe_name(file: Path) -> Any:
         return None
 
 
-def start_run(run: Path, recipe: Recipe, manifest: Manifest) -> None:
-    """Creates the run folder with its recipe and its cases.
+def start_run(run: Path, recipe: Recipe, manifest: Manifest, precision: str = "auto") -> None:
+    """Creates the run folder with its recipe, its cases and its precision. Of two started at once, one gets it.
 
     Raises:
         CtsegError: if the folder already holds a run.
     """
-    if (run / RECIPE_FILE).exists():
-        raise CtsegError(f"'{run}' already holds a run; continue it with --resume or choose another --output")
     make_folder(run)
-    write_json(run / DATA_FILE, manifest_to_dict(manifest))
-    write_json(run / RECIPE_FILE, recipe.to_dict())
+    folder = os.open(run, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)  # released by the kernel, also when this process is killed
+        if (run / RECIPE_FILE).exists():
+            raise CtsegError(f"'{run}' already holds a run; continue it with --resume or choose another --output")
+        write_json(run / DATA_FILE, {**manifest_to_dict(manifest), "precision": precision})
+        write_json(run / RECIPE_FILE, recipe.to_dict())
+    finally:
+        os.close(folder)
+
+
+def run_precision(run: Path) -> str:
+    """The precision a run was started with, or "auto" if it does not say."""
+    try:
+        return str(json.loads((run / DATA_FILE).read_text(encoding="utf-8")).get("precision", "auto"))
+    except (OSError, ValueError, AttributeError):
+        return "auto"
 
 
 def manifest_to_dict(manifest: Manifest) -> dict[str, Any]:
@@ -91,14 +107,19 @@ def resolve_model(name: str | None) -> Path:
     """The file of the model that `name` means.
 
     Args:
-        name: A checkpoint or exported file, a run folder, or a recipe (its newest run here); None for the newest run.
+        name: A checkpoint or exported file, a run folder (its path, or its name below `runs/`), or a recipe (its newest
+            run here); None for the newest run.
 
     Raises:
         ModelError: saying what was looked for and where.
     """
     if name is not None and Path(name).is_file() and not name.endswith((".toml", ".json")):
+        if not name.endswith(MODEL_SUFFIXES):
+            raise ModelError(f"model '{name}': unknown kind of file; known: {', '.join(MODEL_SUFFIXES)}")
         return Path(name)
-    run = Path(name) if name is not None and Path(name).is_dir() else None
+    run = None if name is None else next((p for p in (Path(name), RUNS / name) if (p / RECIPE_FILE).is_file()), None)
+    if run is None and name is not None and Path(name).is_dir() and name.partition(":")[0] not in recipe_names():
+        raise ModelError(f"model '{name}': not a run folder, it has no {RECIPE_FILE}")
     if run is None and name is not None and not _may_be_recipe(name):
         raise ModelError(f"model '{name}': no such file or folder")
     if run is None:

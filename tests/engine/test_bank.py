@@ -14,8 +14,8 @@ import torch
 from monai.transforms import CropForeground
 
 from ctseg.engine import bank
-from ctseg.engine.bank import bank_folder, open_bank, prepare_bank, read_case
-from ctseg.errors import CtsegError, ImageError, ManifestError
+from ctseg.engine.bank import bank_folder, case_folder, open_bank, prepare_bank, read_case
+from ctseg.errors import CtsegError, ImageError, ManifestError, Stopped
 from ctseg.io.images import read_image, read_labels, write_labels
 from ctseg.manifest import Case, Manifest
 from ctseg.preprocess import prepare, prepare_labels
@@ -91,9 +91,9 @@ def test_cases_are_memory_mapped_and_the_files_are_not_changed(own_case, tiny_re
     assert isinstance(arrays.host_image, np.memmap)
     assert isinstance(arrays.host_label, np.memmap)
     assert arrays.image_XYZ.data_ptr() == arrays.host_image.ctypes.data
-    before = (report.folder / "ct" / "image.npy").read_bytes()
+    before = (case_folder(report.folder, own_case) / "image.npy").read_bytes()
     arrays.image_XYZ.fill_(9)
-    assert (report.folder / "ct" / "image.npy").read_bytes() == before
+    assert (case_folder(report.folder, own_case) / "image.npy").read_bytes() == before
 
 
 def test_report_counts_the_bytes_on_disk(own_case: Case, tiny_recipe: Recipe, tmp_path: Path) -> None:
@@ -104,10 +104,10 @@ def test_report_counts_the_bytes_on_disk(own_case: Case, tiny_recipe: Recipe, tm
 def test_ready_cases_are_left_alone(tiny_manifest: Manifest, tiny_recipe: Recipe, tmp_path: Path) -> None:
     cases = tiny_manifest.split("training")
     folder = prepare_bank(cases[:2], tiny_recipe, tmp_path, Silent()).folder
-    inodes = [(folder / c.name / "image.npy").stat().st_ino for c in cases[:2]]
+    inodes = [(case_folder(folder, c) / "image.npy").stat().st_ino for c in cases[:2]]
     report = prepare_bank(cases, tiny_recipe, tmp_path, Silent())
     assert (report.made, report.ready) == (("case_2",), ("case_0", "case_1"))
-    assert [(folder / c.name / "image.npy").stat().st_ino for c in cases[:2]] == inodes
+    assert [(case_folder(folder, c) / "image.npy").stat().st_ino for c in cases[:2]] == inodes
 
 
 @pytest.mark.parametrize("what", ["image time", "label time", "label content", "other file"])
@@ -174,7 +174,7 @@ def test_all_bad_cases_are_told_at_once_and_the_good_ones_done(own_case, tiny_re
     assert "does not lie on its image's grid" in problems[2]
     assert str(broken) in problems[3]
     folder = bank_folder(tmp_path / "bank", tiny_recipe)
-    assert [f.name for f in folder.iterdir()] == ["ct"]
+    assert list(folder.iterdir()) == [case_folder(folder, own_case)]
     assert prepare_bank((own_case,), tiny_recipe, tmp_path / "bank", Silent()).ready == ("ct",)
 
 
@@ -234,7 +234,7 @@ def test_a_killed_preparation_leaves_no_half_case(own_case: Case, tiny_recipe: R
     process.join()
     assert (root / "started").exists()
     folder = bank_folder(root, tiny_recipe)
-    assert not (folder / "ct").exists()
+    assert not case_folder(folder, own_case).exists()
     assert prepare_bank((own_case,), tiny_recipe, root, Silent()).made == ("ct",)
     assert open_one(own_case, tiny_recipe, root).image_XYZ.any()
 
@@ -242,11 +242,11 @@ def test_a_killed_preparation_leaves_no_half_case(own_case: Case, tiny_recipe: R
 def test_what_a_killed_process_of_the_same_id_left_does_not_matter(own_case, tiny_recipe, tmp_path: Path) -> None:
     """In a container every run may have the same process id."""
     folder = bank_folder(tmp_path, tiny_recipe)
-    left = folder / f".ct.{os.getpid()}.tmp"
+    left = folder / f".{case_folder(folder, own_case).name}.{os.getpid()}.tmp"
     left.mkdir(parents=True)
     (left / "image.npy").write_bytes(b"half")
     assert prepare_bank((own_case,), tiny_recipe, tmp_path, Silent()).made == ("ct",)
-    assert [f.name for f in folder.iterdir()] == ["ct"]
+    assert list(folder.iterdir()) == [case_folder(folder, own_case)]
 
 
 def test_a_case_made_by_another_process_meanwhile_is_accepted(own_case, tiny_recipe, tmp_path, monkeypatch) -> None:
@@ -256,19 +256,19 @@ def test_a_case_made_by_another_process_meanwhile_is_accepted(own_case, tiny_rec
     def overtaken(*args):
         monkeypatch.setattr(bank, "prepare", prepare_alone)
         prepare_bank((own_case,), tiny_recipe, tmp_path, Silent())
-        inode.append((bank_folder(tmp_path, tiny_recipe) / "ct").stat().st_ino)
+        inode.append(case_folder(bank_folder(tmp_path, tiny_recipe), own_case).stat().st_ino)
         return prepare_alone(*args)
 
     inode: list[int] = []
     monkeypatch.setattr(bank, "prepare", overtaken)
     folder = prepare_bank((own_case,), tiny_recipe, tmp_path, Silent()).folder
-    assert (folder / "ct").stat().st_ino == inode[0]  # whoever has opened it keeps it
-    assert [f.name for f in folder.iterdir()] == ["ct"]
+    assert case_folder(folder, own_case).stat().st_ino == inode[0]  # whoever has opened it keeps it
+    assert list(folder.iterdir()) == [case_folder(folder, own_case)]
 
 
 @pytest.mark.parametrize("damage", ["cut", "missing", "empty"])
 def test_a_damaged_prepared_case_is_told_with_its_remedy(own_case, tiny_recipe, tmp_path: Path, damage: str) -> None:
-    folder = prepare_bank((own_case,), tiny_recipe, tmp_path, Silent()).folder / "ct"
+    folder = case_folder(prepare_bank((own_case,), tiny_recipe, tmp_path, Silent()).folder, own_case)
     image = folder / "image.npy"
     if damage == "missing":
         image.unlink()
@@ -279,7 +279,7 @@ def test_a_damaged_prepared_case_is_told_with_its_remedy(own_case, tiny_recipe, 
 
 
 def test_a_case_with_a_spoiled_description_is_made_again(own_case, tiny_recipe, tmp_path: Path) -> None:
-    folder = prepare_bank((own_case,), tiny_recipe, tmp_path, Silent()).folder / "ct"
+    folder = case_folder(prepare_bank((own_case,), tiny_recipe, tmp_path, Silent()).folder, own_case)
     for text in ("", "{", "{}", json.dumps({"source": []})):
         (folder / "case.json").write_text(text)
         assert prepare_bank((own_case,), tiny_recipe, tmp_path, Silent()).made == ("ct",)
@@ -296,3 +296,27 @@ def test_cases_that_fit_lie_on_the_gpu_others_do_not(own_case, tiny_recipe, tmp_
     monkeypatch.setattr(bank, "GPU_SHARE", 0.0)
     (outside,) = open_bank((own_case,), folder, device)
     assert outside.image_XYZ.device == CPU
+
+
+def test_cases_of_one_name_from_different_files_do_not_meet(
+    own_case: Case, tiny_recipe: Recipe, tmp_path: Path
+) -> None:
+    other = tmp_path / "expert_b.nii.gz"
+    labels = read_labels(own_case.label)
+    write_labels(other, np.asfortranarray(labels.array[::-1]), labels.geometry)
+    second = dataclasses.replace(own_case, label=other)
+    prepare_bank((own_case,), tiny_recipe, tmp_path / "bank", Silent())
+    first_labels = open_one(own_case, tiny_recipe, tmp_path / "bank").host_label.copy()
+    report = prepare_bank((second,), tiny_recipe, tmp_path / "bank", Silent())
+    assert report.made == ("ct",)
+    assert np.array_equal(open_one(own_case, tiny_recipe, tmp_path / "bank").host_label, first_labels)
+    assert not np.array_equal(open_one(second, tiny_recipe, tmp_path / "bank").host_label, first_labels)
+
+
+def test_a_stop_between_two_cases_loses_nothing(tiny_manifest: Manifest, tiny_recipe: Recipe, tmp_path: Path) -> None:
+    asked = []
+    cases = tiny_manifest.split("training")
+    with pytest.raises(Stopped, match="1 cases are ready"):
+        prepare_bank(cases, tiny_recipe, tmp_path, Silent(), lambda: len(asked) == 1 or bool(asked.append(1)))
+    report = prepare_bank(cases, tiny_recipe, tmp_path, Silent())
+    assert (report.ready, report.made) == (("case_0",), ("case_1", "case_2"))

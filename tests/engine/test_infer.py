@@ -22,6 +22,7 @@ from ctseg.errors import CtsegError, OutputError
 from ctseg.io.images import read_image, read_labels
 from ctseg.jobs import Job
 from ctseg.manifest import Manifest
+from ctseg.preprocess import prepare
 from ctseg.progress import Silent
 
 
@@ -93,24 +94,29 @@ def test_a_bad_file_is_listed_and_forgotten_once_mended(tiny_model: Model, jobs:
     assert not (tmp_path / "out" / "failures.csv").exists()
 
 
-@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError()])
+CPU_ERROR = "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory"
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory."), RuntimeError(CPU_ERROR)], ids=repr
+)
 def test_too_little_memory_for_one_ct_leaves_the_others(tiny_model, jobs, tmp_path: Path, monkeypatch, error) -> None:
     calls = []
 
-    def sometimes(model: Model, volume, on_window):
-        calls.append(volume)
+    def sometimes(*arguments):
+        calls.append(arguments)
         if len(calls) == 2:
             raise error
-        return predict(model, volume, on_window)
+        return prepare(*arguments)
 
-    monkeypatch.setattr(engine, "predict", sometimes)
+    monkeypatch.setattr("ctseg.engine.predict.prepare", sometimes)
     outcomes = infer(tiny_model, jobs, tmp_path / "out", Silent())
     assert statuses(outcomes) == ["done", "failed", "done"]
     assert "not enough memory on cpu" in outcomes[1].error
 
 
 def test_an_output_that_cannot_be_written_ends_the_run(tiny_model, jobs, tmp_path: Path, monkeypatch) -> None:
-    (tmp_path / "out").mkdir()
+    infer(tiny_model, jobs[:1], tmp_path / "out", Silent())
     jobs[1].mask.mkdir()  # stands in the way
     with pytest.raises(OutputError, match="cannot write"):
         infer(tiny_model, jobs, tmp_path / "out", Silent(), overwrite=True)
@@ -213,3 +219,19 @@ def test_killed_in_the_middle_there_is_no_half_mask(
     assert [job.mask.exists() for job in jobs] == [True, False, False]
     assert statuses(infer(tiny_model, jobs, output, Silent())) == ["skipped", "done", "done"]
     np.testing.assert_array_equal(read_labels(jobs[0].mask).array, predict(tiny_model, read_image(jobs[0].image)))
+
+
+def test_masks_of_unknown_origin_are_not_taken_for_ours(tiny_model: Model, jobs: list[Job], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    jobs[0].mask.write_bytes(b"drawn by hand")
+    with pytest.raises(CtsegError, match="holds masks of another model"):
+        infer(tiny_model, jobs, tmp_path / "out", Silent())
+    assert jobs[0].mask.read_bytes() == b"drawn by hand"
+
+
+def test_failures_of_other_files_stay_listed(tiny_model: Model, jobs: list[Job], tmp_path: Path) -> None:
+    jobs[0].image.write_bytes(b"")
+    infer(tiny_model, jobs[:1], tmp_path / "out", Silent())
+    infer(tiny_model, jobs[1:], tmp_path / "out", Silent())
+    with (tmp_path / "out" / "failures.csv").open(newline="") as file:
+        assert [row["image"] for row in csv.DictReader(file)] == [str(jobs[0].image)]

@@ -105,7 +105,7 @@ def test_a_process_without_patches_ends_all(tiny_recipe: Recipe, tmp_path: Path,
     process = ctseg_train(recipe, tmp_path / "run", *TWO)
     _, errors = process.communicate(timeout=SECONDS)
     assert process.returncode == 2, errors
-    assert "ctseg: 2 processes, but a step has only 1 patches" in errors
+    assert "ctseg: 2 processes, but the smallest step of an epoch has only 1 patches" in errors
     assert "failed with exit code 2; its error is above" in errors
 
 

@@ -65,7 +65,5 @@ def test_every_epoch_is_on_disk_before_the_next(tmp_path: Path, tiny_recipe: Rec
 
 
 def test_curves_are_a_picture(tmp_path: Path, tiny_recipe: Recipe) -> None:
-    recorder = Recorder(tmp_path, tiny_recipe, 0)
-    recorder.draw(HISTORY)
-    recorder.close()
+    record(tmp_path, tiny_recipe, done=0, until=3).close()
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")

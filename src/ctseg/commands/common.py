@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +30,15 @@ ModelOption = Annotated[
     str | None,
     typer.Option("--model", help="Run folder, checkpoint, exported file, or recipe. Default: the newest run here."),
 ]
-DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+
+
+def _check_device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise typer.BadParameter(f"expected auto, cpu, cuda or cuda:N, got '{name}'")
+    return name
+
+
+DeviceOption = Annotated[str, typer.Option("--device", callback=_check_device, help="auto, cpu, cuda or cuda:N.")]
 PrecisionOption = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
     typer.Option("--precision", help="auto: float16 AMP on CUDA, else float32."),

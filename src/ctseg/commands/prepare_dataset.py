@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -44,13 +45,23 @@ def prepare_dataset(
         from ctseg.engine.bank import prepare_bank
 
         report = prepare_bank(cases, chosen, prepared, progress)
+    given = shlex.join(_given(recipe or chosen.name, manifest, data, prepared, overrides))
     text = (
         f"data set {found.name}: {len(report.made)} cases prepared, {len(report.ready)} were ready, "
         f"{report.num_bytes / 1e6:.0f} MB in {report.folder}\n"
-        f"train on it with: ctseg train {chosen.name}"
+        f"train on it with: ctseg train {given}"
     )
     result = {"data": found.name, "recipe": chosen.name, "made": report.made, "ready": report.ready}
     emit({**result, "folder": report.folder, "num_bytes": report.num_bytes}, text, as_json)
+
+
+def _given(
+    recipe: str, manifest: str | None, data: Path | None, prepared: Path, overrides: list[str] | None
+) -> list[str]:
+    """The arguments with which `ctseg train` finds what was prepared."""
+    options = {"--manifest": manifest, "--data": data, "--prepared": None if prepared == PREPARED else prepared}
+    named = [word for name, value in options.items() if value is not None for word in (name, str(value))]
+    return [recipe, *named, *(word for override in overrides or [] for word in ("--set", override))]
 
 
 def _choose(name: str | None, overrides: list[str] | None) -> tuple[Recipe, str, Path | None]:

@@ -30,14 +30,9 @@ def recipes(
         _list(as_json)
     elif copy is not None:
         _copy(name, copy)
-    elif as_json:
-        emit(
-            {**load_recipe(name, overrides).to_dict(), "parameters": _parameters(load_recipe(name, overrides))},
-            "",
-            True,
-        )
     else:
-        say(_card(load_recipe(name, overrides)))
+        recipe = load_recipe(name, overrides)
+        emit({**recipe.to_dict(), "parameters": _parameters(recipe)} if as_json else None, _card(recipe), as_json)
 
 
 def _list(as_json: bool) -> None:

@@ -28,7 +28,7 @@ from ctseg.manifest import find_manifest
 from ctseg.progress import make_progress
 from ctseg.recipe import Recipe, load_recipe, recipe_names
 from ctseg.sources.catalogue import PHANTOM, find_data
-from ctseg.workspace import PREPARED, RECIPE_FILE, new_run, newest_run, run_recipe
+from ctseg.workspace import PREPARED, RECIPE_FILE, new_run, newest_run, run_precision, run_recipe
 
 if TYPE_CHECKING:
     from ctseg.engine.train import TrainResult
@@ -56,6 +56,12 @@ def train(
     if resume and (manifest or data):
         raise CtsegError("--resume: goes on with the data of the run, so --manifest and --data cannot be given")
     wanted, run = (_resumed_run if resume else _fresh_run)(recipe, overrides, output)
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "RANK" not in os.environ:
+        raise CtsegError("srun started several tasks; start one (srun --ntasks=1) and give --gpus N")
+    if prepared.is_file():
+        raise CtsegError(f"--prepared {prepared}: must be a folder, got a file")
+    if resume and precision == "auto":
+        precision = run_precision(run)  # type: ignore[assignment]  # checked where it is used
     if gpus is not None:
         from ctseg.engine.launch import check_gpus, is_launched, launch
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ctseg.errors import CtsegError, ImageError, ManifestError, list_problems
+from ctseg.errors import CtsegError, ImageError, ManifestError, Stopped, list_problems
 from ctseg.files import make_folder, output_errors
 from ctseg.io.images import read_image, read_labels
 from ctseg.manifest import Case
@@ -51,21 +52,40 @@ def bank_folder(root: Path, recipe: Recipe) -> Path:
     return root / f"{recipe.slug}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
-def prepare_bank(cases: tuple[Case, ...], recipe: Recipe, root: Path, progress: Progress) -> BankReport:
+def case_folder(folder: Path, case: Case) -> Path:
+    """Where a case lies in a bank's folder; cases of one name from different files do not meet."""
+    files = [str(f.resolve()) for f in (case.image, case.label) if f is not None]
+    return folder / f"{case.name}-{hashlib.sha256(json.dumps(files).encode()).hexdigest()[:8]}"
+
+
+def prepare_bank(
+    cases: tuple[Case, ...],
+    recipe: Recipe,
+    root: Path,
+    progress: Progress,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> BankReport:
     """Prepares every labelled case that is not ready yet; a killed run goes on where it stopped.
 
     Raises:
         ManifestError: naming every case that cannot be prepared, after all others are done.
+        Stopped: after a stop request.
     """
     folder = make_folder(bank_folder(root, recipe))
-    made, ready, problems = [], [], []
+    made: list[str] = []
+    ready: list[str] = []
+    problems: list[str] = []
     progress.start(f"preparing {recipe.name}", len(cases))
     for case in cases:
-        if _is_ready(folder / case.name, case):
+        if _is_ready(case_folder(folder, case), case):
             ready.append(case.name)
         else:
+            if stop_requested():
+                raise Stopped(
+                    f"stopped by a signal while preparing, {len(made + ready)} cases are ready; go on with --resume"
+                )
             try:
-                _prepare_case(folder / case.name, case, recipe.preprocess, len(recipe.labels))
+                _prepare_case(case_folder(folder, case), case, recipe.preprocess, len(recipe.labels))
                 made.append(case.name)
             except ImageError as error:
                 problems.append(f"{case.name}: {error}")
@@ -73,13 +93,13 @@ def prepare_bank(cases: tuple[Case, ...], recipe: Recipe, root: Path, progress: 
     progress.finish()
     if problems:
         raise ManifestError(list_problems("data set", problems))
-    num_bytes = sum(f.stat().st_size for name in made + ready for f in (folder / name).iterdir())
+    num_bytes = sum(f.stat().st_size for case in cases for f in case_folder(folder, case).iterdir())
     return BankReport(tuple(made), tuple(ready), folder, num_bytes)
 
 
 def open_bank(cases: tuple[Case, ...], folder: Path, device: torch.device) -> list[CaseArrays]:
     """The prepared cases, in order: on a GPU when all fit into GPU_SHARE of its free memory, else memory-mapped."""
-    host = [_open_case(folder / case.name, case.name) for case in cases]
+    host = [_open_case(case_folder(folder, case), case.name) for case in cases]
     if device.type != "cuda":
         return host
     needed = sum(c.host_image.nbytes + c.host_label.nbytes for c in host)

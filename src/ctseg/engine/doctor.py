@@ -56,11 +56,19 @@ def _system() -> Check:
 def _libraries() -> list[Check]:
     checks = []
     for name in LIBRARIES:
-        try:
-            checks.append(Check(name, "ok", importlib.metadata.version(name)))
-        except importlib.metadata.PackageNotFoundError:
+        versions = [v for v in map(_version, (name, f"{name}-gpu")) if v]  # onnxruntime has a build for GPUs
+        if versions:
+            checks.append(Check(name, "ok", versions[0]))
+        else:
             checks.append(Check(name, "error", "not installed", f"pip install {name}"))
     return checks
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _torch_release() -> Check:

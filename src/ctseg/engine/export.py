@@ -34,8 +34,6 @@ TOLERANCE = 1e-3
 """Largest difference between two logits, relative to the largest logit, that counts as the same answer."""
 MIN_AGREEMENT = 0.9999
 """Least share of voxels that get the same label."""
-PROBE_WINDOWS = 2
-"""Windows that the proof compares: the first of the grid and the one in its middle."""
 
 
 @dataclass(frozen=True)

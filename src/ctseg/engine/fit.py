@@ -34,6 +34,7 @@ from ctseg.objectives import build_loss, build_optimizer
 from ctseg.progress import Progress
 from ctseg.recipe import Recipe
 from ctseg.sampling import NETWORK, CaseArrays, Draw, cut_batch, draw_step, epoch_batches, generator
+from ctseg.workspace import RECIPE_FILE
 
 Row = dict[str, Any]
 """One epoch of the log: epoch, loss, mean_dice (None when not validated), lr."""
@@ -53,7 +54,7 @@ class Trainer:
     step: int = 0
     """Steps done in the running epoch."""
     losses: list[float] = field(default_factory=list)
-    """Mean loss of each step done in the running epoch."""
+    """Loss of each step done in the running epoch, the mean over processes."""
     history: list[Row] = field(default_factory=list)
 
     @classmethod
@@ -99,7 +100,7 @@ class Trainer:
         """
         if not (run / LAST).exists():
             return
-        content = read_checkpoint(run / LAST, self.runtime.device)
+        content = read_checkpoint(run / LAST)  # on the CPU: each part goes to its own device when it is loaded
         if content.get("recipe") != self.recipe.to_dict():
             raise ModelError(f"checkpoint '{run / LAST}': written by another recipe than this run's")
         try:
@@ -109,7 +110,7 @@ class Trainer:
                 self.scaler.load_state_dict(content["scaler"])
             self.epoch, self.step = content["epoch"], content["step"]
             self.losses, self.history = content["losses"], content["history"]
-        except (KeyError, RuntimeError, ValueError) as error:
+        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             raise ModelError(f"checkpoint '{run / LAST}': incomplete or damaged") from error
 
 
@@ -146,8 +147,6 @@ def fit(
             if recorder:
                 _keep(trainer, row, run, recorder)
             progress.advance(_detail(row, trainer.best))
-        if recorder:
-            recorder.draw(trainer.history)
         trainer.runtime.wait_for_all()
     finally:
         if recorder:
@@ -163,6 +162,7 @@ class _Stepper:
         self.trainer = trainer
         self.cases = cases
         self.loss = build_loss(trainer.recipe.objective)
+        self._check_shares()
         distributed = trainer.runtime.world_size > 1
         if distributed:  # a 1x1x1 kernel's strides are ambiguous; the notice concerns a few hundred bytes
             warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
@@ -185,9 +185,21 @@ class _Stepper:
                 self._stop(run)
         self._collect(losses)
 
+    def _check_shares(self) -> None:
+        """Every process needs a patch in every step, the epoch's last and smallest one included."""
+        recipe, processes = self.trainer.recipe, self.trainer.runtime.world_size
+        cases = len(self.cases) % recipe.training.batch_cases or recipe.training.batch_cases
+        patches = min(cases, len(self.cases)) * recipe.sampling.patches_per_case
+        if patches < processes:
+            raise CtsegError(
+                f"{processes} processes, but the smallest step of an epoch has only {patches} patches; use fewer, "
+                f"or raise training.batch_cases or sampling.patches_per_case"
+            )
+
     def _collect(self, losses: list[Tensor]) -> None:
-        """One wait for the device per epoch, not one per step."""
-        self.trainer.losses.extend(torch.stack(losses).tolist() if losses else [])
+        """Fetches the losses of many steps from the device at once."""
+        every_process = self.trainer.runtime.gather(torch.stack(losses).tolist() if losses else [])
+        self.trainer.losses.extend(sum(step) / len(step) for step in zip(*every_process, strict=True))
 
     def _stop(self, run: Path) -> None:
         trainer = self.trainer
@@ -198,7 +210,7 @@ class _Stepper:
             raise Stopped  # the main process tells it
         raise Stopped(
             f"stopped by a signal in epoch {trainer.epoch + 1} after step {trainer.step}; "
-            f"go on with the same command and --resume --output {run}"
+            f"go on with: ctseg train {run / RECIPE_FILE} --resume --output {run}"
         )
 
     def _step(self, batch: list[int]) -> Tensor:
@@ -221,19 +233,15 @@ class _Stepper:
 def _deal(draws: list[Draw], runtime: Runtime) -> tuple[list[Draw], float]:
     """This process's patches, and the weight that makes the mean over processes the mean over all patches."""
     mine = draws[runtime.rank :: runtime.world_size]
-    if not mine:
-        raise CtsegError(
-            f"{runtime.world_size} processes, but a step has only {len(draws)} patches; use fewer, "
-            f"or raise training.batch_cases or sampling.patches_per_case"
-        )
     return mine, len(mine) * runtime.world_size / len(draws)
 
 
 def _finish_epoch(trainer: Trainer, model: Model, validation: list[CaseArrays], progress: Progress) -> Row:
     """Closes the epoch: checks the loss, validates if it is time, appends the row to the history."""
     training = trainer.recipe.training
-    every_loss = trainer.runtime.gather(trainer.losses)
-    loss = sum(map(sum, every_loss)) / sum(map(len, every_loss))
+    # In float16 a step may overflow now and then; the scaler has skipped it.
+    losses = [v for v in trainer.losses if math.isfinite(v)] if trainer.scaler.is_enabled() else trainer.losses
+    loss = sum(losses) / len(losses) if losses else math.nan
     if not math.isfinite(loss):
         raise CtsegError(f"training diverged: the loss of epoch {trainer.epoch + 1} is {loss}; lower optimizer.lr")
     trainer.epoch, trainer.step, trainer.losses = trainer.epoch + 1, 0, []

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from ctseg.engine.model import Model
 from ctseg.engine.predict import OnWindow, predict
-from ctseg.errors import CtsegError, ImageError
-from ctseg.files import make_folder, write_csv, write_json
+from ctseg.engine.runtime import memory_errors
+from ctseg.errors import CtsegError, ImageError, NotEnoughMemory
+from ctseg.files import make_folder, output_errors, write_csv, write_json
 from ctseg.io.images import read_image, write_labels
 from ctseg.jobs import FAILURES, Job
 from ctseg.manifest import IMAGE_SUFFIXES, image_stem
@@ -59,9 +62,9 @@ def infer(
     progress.start(f"segmenting with {model.recipe.name}", len(jobs))
     for job in jobs:
         outcomes.append(_run(model, job, progress, overwrite, overlays))
+        _record_failures(output, outcomes[-1])
         progress.advance(f"{job.image.name}: {outcomes[-1].error or outcomes[-1].status}")
     progress.finish()
-    _write_failures(output, outcomes)
     return outcomes
 
 
@@ -71,7 +74,7 @@ def _claim(output: Path, model: Model, jobs: list[Job], overwrite: bool) -> None
     try:
         present = json.loads((output / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        present = record
+        present = {} if any(job.mask.exists() for job in jobs) else record  # masks of unknown origin are not ours
     if not isinstance(present, dict):
         present = {}
     if present.get("sha256") != model.sha256:
@@ -88,22 +91,29 @@ def _claim(output: Path, model: Model, jobs: list[Job], overwrite: bool) -> None
                 f"'{output}' holds {len(left)} masks of another model that would stay, e.g. '{left[0]}'; "
                 f"choose another --output"
             )
-        for job in jobs:
-            job.mask.unlink(missing_ok=True)
+        with output_errors(output):
+            for job in jobs:
+                job.mask.unlink(missing_ok=True)
     write_json(output / RECORD, record)
 
 
-def show_windows(progress: Progress, name: str) -> OnWindow:
-    """Progress through one CT, as a task below the running one."""
+@contextmanager
+def show_windows(progress: Progress, name: str) -> Iterator[OnWindow]:
+    """Progress through one CT, as a task below the running one; the task ends with the context, whatever happens."""
+    started = False
 
     def on_window(done: int, total: int) -> None:
-        if done == 1:
+        nonlocal started
+        if not started:
             progress.start(name, total)
+            started = True
         progress.advance()
-        if done == total:
-            progress.finish()
 
-    return on_window
+    try:
+        yield on_window
+    finally:
+        if started:
+            progress.finish()
 
 
 def _run(model: Model, job: Job, progress: Progress, overwrite: bool, overlays: bool) -> Outcome:
@@ -111,12 +121,12 @@ def _run(model: Model, job: Job, progress: Progress, overwrite: bool, overlays: 
         return Outcome(job.image, job.mask, "skipped", {}, 0.0)
     started = time.perf_counter()
     try:
-        volume = read_image(job.image)
-        mask = predict(model, volume, show_windows(progress, job.image.name))
-    except ImageError as error:
-        return Outcome(job.image, job.mask, "failed", {}, time.perf_counter() - started, str(error))
-    except (torch.OutOfMemoryError, MemoryError):
-        text = f"'{job.image}': not enough memory on {model.runtime.device}; try --device cpu or a machine with more"
+        with memory_errors(f"'{job.image}'", model.runtime.device):
+            volume = read_image(job.image)
+        with show_windows(progress, job.image.name) as on_window:
+            mask = predict(model, volume, on_window)
+    except (ImageError, NotEnoughMemory) as error:
+        text = str(error) if str(job.image) in str(error) else f"'{job.image}': {error}"
         return Outcome(job.image, job.mask, "failed", {}, time.perf_counter() - started, text)
     make_folder(job.mask.parent)
     write_labels(job.mask, mask, volume.geometry)
@@ -135,9 +145,22 @@ def _is_done(job: Job) -> bool:
         return False
 
 
-def _write_failures(output: Path, outcomes: list[Outcome]) -> None:
-    failed = [{"image": str(o.image), "error": o.error} for o in outcomes if o.status == "failed"]
-    if failed:
-        write_csv(output / FAILURES, ("image", "error"), failed)
-    else:
-        (output / FAILURES).unlink(missing_ok=True)
+def _record_failures(output: Path, outcome: Outcome) -> None:
+    """Brings `failures.csv` up to date after each file: its row comes, goes or stays; without rows there is no file."""
+    path, image = output / FAILURES, str(outcome.image)
+    before = _read_failures(path)
+    rows = [row for row in before if row["image"] != image]
+    if outcome.status == "failed":
+        rows.append({"image": image, "error": outcome.error})
+    if rows and rows != before:
+        write_csv(path, ("image", "error"), rows)
+    elif not rows:
+        path.unlink(missing_ok=True)
+
+
+def _read_failures(path: Path) -> list[dict[str, str]]:
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return [{"image": row["image"], "error": row["error"]} for row in csv.DictReader(file)]
+    except (OSError, ValueError, KeyError, csv.Error):
+        return []

@@ -12,6 +12,8 @@ import torch
 
 from ctseg.errors import CtsegError, DeviceError, Stopped
 
+STOPPED = "all processes have ended after a signal; go on with --resume"
+
 
 def is_launched() -> bool:
     """True in a process that torchrun, Slurm's torchrun or `launch` started as one of several."""
@@ -22,6 +24,8 @@ def check_gpus(number: int, device: str) -> None:
     """Raises DeviceError unless `number` GPUs are here or the run is on the CPU."""
     if device == "cpu":
         return
+    if number > 1 and device.startswith("cuda:"):
+        raise DeviceError(f"--gpus {number} with --device {device}: one GPU for {number} processes; use --device cuda")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if number > count:
         raise DeviceError(f"--gpus {number}: {count} CUDA GPU(s) here; use fewer, or --device cpu")
@@ -53,10 +57,10 @@ def launch(number: int, arguments: list[str]) -> None:
     try:
         elastic_launch(config, sys.executable)("-m", "ctseg", *arguments)
     except SignalException as error:
-        raise Stopped from error  # the main process has told it
+        raise Stopped(STOPPED) from error
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode == Stopped.exit_code:
-            raise Stopped from error
+            raise Stopped(STOPPED) from error
         message = f"process {rank + 1} of {number} failed with exit code {failure.exitcode}; its error is above"
         raise CtsegError(message) from error

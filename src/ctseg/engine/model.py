@@ -70,8 +70,8 @@ def load_network(path: Path) -> tuple[Recipe, nn.Module]:
     """
     content = read_checkpoint(path)
     recipe = recipe_from_dict(content.get("recipe"), f"recipe inside '{path}'")
-    network = network_for(recipe)
     try:
+        network = network_for(recipe)
         network.load_state_dict(content["model"])
     except (KeyError, RuntimeError, TypeError, AttributeError) as error:
         raise ModelError(f"checkpoint '{path}': its weights do not fit its recipe's network") from error
@@ -102,7 +102,8 @@ def _from_onnx(path: Path, runtime: Runtime) -> tuple[Recipe, Forward]:
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
     cuda = runtime.device.type == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers()
-    providers = ["CUDAExecutionProvider"] if cuda else ["CPUExecutionProvider"]
+    on_gpu = ("CUDAExecutionProvider", {"device_id": runtime.device.index or 0})
+    providers = [on_gpu] if cuda else ["CPUExecutionProvider"]
     try:
         # From bytes, not from the path: a model of a stranger cannot name further files then.
         session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=providers)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ctseg.engine.model import Model
+from ctseg.engine.runtime import memory_errors
 from ctseg.preprocess import prepare, restore
 from ctseg.recipe import Inference
 from ctseg.sampling import cut_patch
@@ -33,10 +34,16 @@ def predict(model: Model, volume: Volume, on_window: OnWindow | None = None) -> 
         model: Network and recipe.
         volume: CT in Hounsfield units, any orientation.
         on_window: Told of progress.
+
+    Raises:
+        ImageError: if its header claims a grid that no CT has.
+        NotEnoughMemory: if it does not fit the device.
     """
-    prepared = prepare(volume, model.recipe.preprocess, model.runtime.device)
-    logits = window_logits(model, prepared.image_XYZ, model.recipe.inference, on_window)
-    return restore(scores_from_logits(logits), prepared)
+    size = "x".join(map(str, volume.geometry.size))
+    with memory_errors(f"a CT of {size} voxels", model.runtime.device):
+        prepared = prepare(volume, model.recipe.preprocess, model.runtime.device)
+        logits = window_logits(model, prepared.image_XYZ, model.recipe.inference, on_window)
+        return restore(scores_from_logits(logits), prepared)
 
 
 def scores_from_logits(logits_CXYZ: Tensor) -> Tensor:

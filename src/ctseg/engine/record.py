@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
-from ctseg.files import write_csv, write_text
+from ctseg.files import output_errors, write_csv, write_text
 from ctseg.recipe import Recipe
 from ctseg.report.curves import draw_training_curves
 
 COLUMNS = ("epoch", "loss", "mean_dice", "lr")
+DRAW_INTERVAL_SECONDS = 60.0
+"""`curves.png` is drawn anew at most this often while training, and once at the end or at a stop."""
 
 
 class Recorder:
@@ -22,7 +25,10 @@ class Recorder:
         self.run = run
         self.title = recipe.title
         # Events from after the checkpoint that we resume from are struck out by purge_step.
-        self.events = SummaryWriter(str(run / "tensorboard"), purge_step=epochs_done + 1)
+        with output_errors(run / "tensorboard"):
+            self.events = SummaryWriter(str(run / "tensorboard"), purge_step=epochs_done + 1)
+        self._history: list[dict[str, Any]] = []
+        self._drawn_seconds = time.monotonic()
 
     def write(self, history: list[dict[str, Any]]) -> None:
         """Brings the logs up to the last row of `history`."""
@@ -32,12 +38,19 @@ class Recorder:
         for name in ("loss", "mean_dice", "lr"):
             if row[name] is not None:
                 self.events.add_scalar(name, row[name], row["epoch"])
-        self.events.flush()  # before the checkpoint is written, so that a killed run misses no epoch
+        with output_errors(self.run / "tensorboard"):
+            self.events.flush()  # before the checkpoint is written, so that a killed run misses no epoch
+        self._history = history
+        if time.monotonic() - self._drawn_seconds >= DRAW_INTERVAL_SECONDS:
+            self._draw()
 
-    def draw(self, history: list[dict[str, Any]]) -> None:
-        """Draws `curves.png`: loss per epoch and validation mean Dice per epoch."""
-        draw_training_curves(self.run / "curves.png", history, self.title)
+    def _draw(self) -> None:
+        draw_training_curves(self.run / "curves.png", self._history, self.title)
+        self._drawn_seconds = time.monotonic()
 
     def close(self) -> None:
-        """Closes the event file."""
-        self.events.close()
+        """Draws `curves.png` with all epochs written and closes the event file."""
+        if self._history:
+            self._draw()
+        with output_errors(self.run / "tensorboard"):
+            self.events.close()

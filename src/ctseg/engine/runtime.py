@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from ctseg.errors import DeviceError
+from ctseg.errors import DeviceError, NotEnoughMemory
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-COLLECTIVE_TIMEOUT = timedelta(hours=1)
-"""How long a process waits for the others: one may validate a large case alone."""
+COLLECTIVE_TIMEOUT = timedelta(days=1)
+"""How long a process waits for the others: one may prepare a large data set alone. Elastic ends those that lost one."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,11 @@ class Runtime:
     """Type of mixed precision, None for plain float32."""
     rank: int = 0
     world_size: int = 1
+
+    @property
+    def precision(self) -> str:
+        """One of PRECISIONS, as it turned out: float32, bfloat16 or float16."""
+        return "float32" if self.amp_dtype is None else str(self.amp_dtype).removeprefix("torch.")
 
     @property
     def is_main(self) -> bool:
@@ -79,9 +84,8 @@ class Runtime:
             if self.device.type == "cuda"
             else f"{torch.get_num_threads()} threads"
         )
-        precision = "float32" if self.amp_dtype is None else str(self.amp_dtype).removeprefix("torch.")
         processes = f", process {self.rank + 1} of {self.world_size}" if self.world_size > 1 else ""
-        return f"{self.device} ({name}), {precision}{processes}"
+        return f"{self.device} ({name}), {self.precision}{processes}"
 
 
 def start_runtime(device: str = "auto", precision: str = "auto", *, amp: bool = False) -> Runtime:
@@ -103,7 +107,21 @@ def start_runtime(device: str = "auto", precision: str = "auto", *, amp: bool = 
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
         distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
-    return Runtime(chosen, _choose_precision(precision, chosen, amp), rank, world_size)
+    amp_dtype = _choose_precision(precision, chosen, amp)
+    torch.backends.cudnn.allow_tf32 = amp_dtype is not None  # float32 means float32, not TF32's ten bits
+    return Runtime(chosen, amp_dtype, rank, world_size)
+
+
+@contextmanager
+def memory_errors(subject: str, device: torch.device) -> Iterator[None]:
+    """Turns a lack of memory inside, however torch or NumPy tell it, into NotEnoughMemory about `subject`."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
+            raise
+        advice = "a machine with more" if device.type == "cpu" else "--device cpu or a GPU with more"
+        raise NotEnoughMemory(f"{subject}: not enough memory on {device}; try {advice}") from error
 
 
 @contextmanager

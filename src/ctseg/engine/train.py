@@ -10,7 +10,7 @@ from ctseg.engine.bank import bank_folder, open_bank, prepare_bank
 from ctseg.engine.checkpoint import BEST, LAST
 from ctseg.engine.fit import Trainer, fit
 from ctseg.engine.runtime import Runtime
-from ctseg.errors import CtsegError
+from ctseg.errors import CtsegError, Stopped
 from ctseg.manifest import Case, Manifest, check_files, read_manifest
 from ctseg.progress import Progress
 from ctseg.recipe import Recipe
@@ -47,17 +47,14 @@ def train(
         CtsegError: if the data, the run folder or the machine does not allow it.
         Stopped: after a stop request, with everything saved.
     """
-    problem = None
+    problem: CtsegError | None = None
     if runtime.is_main:
         try:
-            _set_up(recipe, run, find_data, prepared, progress)
+            manifest = _set_up(recipe, run, find_data(progress) if find_data else None, runtime.precision)
+            prepare_bank(_cases(manifest), recipe, prepared, progress, stop_requested)
         except CtsegError as error:
             problem = error
-    problems = runtime.gather(str(problem) if problem else None)
-    if problem:
-        raise problem
-    if problems[0]:
-        raise CtsegError(f"the main process could not set up the run: {problems[0]}")
+    _raise_together(runtime, problem)
     manifest = read_manifest(run / DATA_FILE)
     folder = bank_folder(prepared, recipe)
     training = open_bank(manifest.split("training"), folder, runtime.device)
@@ -75,14 +72,27 @@ def train(
     )
 
 
-def _set_up(recipe: Recipe, run: Path, find_data: FindData | None, prepared: Path, progress: Progress) -> None:
-    """The main process's part before the others may go on: run folder and prepared cases."""
-    if find_data is not None:
-        manifest = find_data(progress)
+def _raise_together(runtime: Runtime, problem: CtsegError | None) -> None:
+    """Ends every process with the main process's problem, if it has one: told there, in short by the others."""
+    told = runtime.gather(problem)[0]
+    if problem is not None:
+        raise problem
+    if isinstance(told, Stopped):
+        raise Stopped
+    if told is not None:
+        raise CtsegError(f"the main process could not set up the run: {told}")
+
+
+def _set_up(recipe: Recipe, run: Path, manifest: Manifest | None, precision: str) -> Manifest:
+    """The cases of the run, which is started with `manifest` unless that is None."""
+    if manifest is not None:
         manifest.split("training")
-        start_run(run, recipe, manifest)
-    manifest = check_files(read_manifest(run / DATA_FILE))
-    prepare_bank(manifest.split("training") + _validation_cases(manifest), recipe, prepared, progress)
+        start_run(run, recipe, manifest, precision)
+    return check_files(read_manifest(run / DATA_FILE))
+
+
+def _cases(manifest: Manifest) -> tuple[Case, ...]:
+    return manifest.split("training") + _validation_cases(manifest)
 
 
 def _validation_cases(manifest: Manifest) -> tuple[Case, ...]:
