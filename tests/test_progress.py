@@ -93,7 +93,7 @@ def test_plain_parts_of_a_task_are_told_only_when_they_take_long(
     plain.finish()
     assert [line[20:] for line in lines(stream)] == [
         "training 0/2 (0%)",
-        "validating 2/3 (66%) ETA 0:00:06 case 1",
+        "training 1/2 (50%) ETA 0:00:15; validating 2/3 (66%) ETA 0:00:06 case 1",
         "training 2/2 took 0:00:21",
     ]
 

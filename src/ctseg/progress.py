@@ -122,7 +122,7 @@ class PlainProgress:
         """Begins a task; an outermost one writes its first line."""
         self._tasks.append(_Task(printable(task), total, self._clock()))
         if len(self._tasks) == 1:
-            self._report(self._tasks[0])
+            self._report()
 
     def advance(self, detail: str = "") -> None:
         """Counts one unit and writes a line if the interval has passed; the last line is left to `finish`."""
@@ -130,7 +130,7 @@ class PlainProgress:
         task.advance(detail)
         ends_outermost = len(self._tasks) == 1 and task.done >= task.total
         if not ends_outermost and self._clock() - self._last_seconds >= self._interval_seconds:
-            self._report(task)
+            self._report()
 
     def finish(self) -> None:
         """Ends the innermost task; an outermost one writes its last line."""
@@ -142,9 +142,9 @@ class PlainProgress:
         """Writes one dated line now."""
         print(f"{self._now():%Y-%m-%d %H:%M:%S} {printable(text)}", file=self._stream, flush=True)
 
-    def _report(self, task: _Task) -> None:
+    def _report(self) -> None:
         self._last_seconds = self._clock()
-        self.note(task.line(self._last_seconds))
+        self.note("; ".join(task.line(self._last_seconds) for task in self._tasks))
 
 
 class RichProgress:
