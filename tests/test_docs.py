@@ -20,7 +20,7 @@ def typed_lines(page: Path) -> list[str]:
     blocks = re.findall(r"```[a-z]*\n(.*?)```", text, flags=re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines()]
     lines += re.findall(r"`(ctseg [^`]*)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
-    return [re.sub(r"^(srun )?", "", line.strip()) for line in lines if re.match(r"\s*(srun )?ctseg [a-z-]", line)]
+    return [re.sub(r"^(srun )?", "", line.strip()) for line in lines if re.match(r"\s*(srun )?ctseg [a-z]", line)]
 
 
 def test_the_pages_have_commands_to_check() -> None:
