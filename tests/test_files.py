@@ -1,30 +1,13 @@
 """Files are whole or absent, and every way a disk says no becomes one clear error."""
 
 import os
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from ctseg.errors import OutputError
 from ctseg.files import atomic_path, make_folder, output_errors, write_csv, write_json, write_text
-
-
-@pytest.fixture
-def mount(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """A function that mounts an empty disk with options such as "size=64k" or "ro"."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-
-    def mounted(options: str) -> Path:
-        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-        if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode != 0:
-            pytest.skip("only root on Linux can mount a disk")
-        return folder
-
-    yield mounted
-    subprocess.run(["umount", str(folder)], capture_output=True, check=False)
 
 
 def test_success_replaces_the_old_file_and_leaves_nothing_else(tmp_path: Path):

@@ -5,8 +5,7 @@ import gzip
 import json
 import os
 import shutil
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -313,22 +312,6 @@ def test_file_that_is_no_model(cli: Callable[..., Any], cts: Path, tmp_path: Pat
         assert result.code == 2
         assert result.message.startswith(text)
         assert len(result.message.splitlines()) == 1
-
-
-@pytest.fixture
-def mount(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """A function that mounts an empty disk with options such as "size=64k" or "ro"."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-
-    def mounted(options: str) -> Path:
-        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-        if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode != 0:
-            pytest.skip("only root on Linux can mount a disk")
-        return folder
-
-    yield mounted
-    subprocess.run(["umount", str(folder)], capture_output=True, check=False)
 
 
 def test_output_on_a_read_only_disk(cli: Callable[..., Any], cts: Path, tiny_model: Path, mount: Callable[[str], Path]):

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from ctseg.engine.runtime import cpu_has_bfloat16
 from ctseg.files import write_json
 from ctseg.manifest import Manifest, read_manifest
 from ctseg.recipe import Recipe, load_recipe, recipe_from_dict
@@ -180,3 +181,24 @@ def test_stopped_by_sigterm_and_resumed(cli: Callable[..., Any], options: list[s
     assert json.loads(result.out)["epochs"] == 2
     rows = (run / "log.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in rows] == ["epoch", "1", "2"]
+
+
+@pytest.mark.skipif(not cpu_has_bfloat16(), reason="this CPU has no bfloat16 arithmetic")
+def test_a_resumed_run_keeps_its_precision(cli: Callable[..., Any], options: list[str], tiny_data: Path):
+    started = cli("train", "spleen:small", *options, "--manifest", tiny_data, "--precision", "bfloat16")
+    assert "bfloat16" in started.err.splitlines()[0]
+    resumed = cli("train", "spleen:small", "--resume")
+    assert (resumed.code, "bfloat16" in resumed.err.splitlines()[0]) == (0, True)
+
+
+def test_several_tasks_of_srun_are_refused(cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    result = cli("train", "spleen:small")
+    assert (result.code, result.out) == (2, "")
+    assert result.message.startswith("srun started several tasks; start one (srun --ntasks=1) and give --gpus N")
+
+
+def test_many_processes_on_one_named_gpu_are_refused(cli: Callable[..., Any]):
+    result = cli("train", "spleen:small", "--gpus", "2", "--device", "cuda:0")
+    assert result.code == 2
+    assert "--gpus 2 with --device cuda:0" in result.message

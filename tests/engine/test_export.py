@@ -1,6 +1,7 @@
 """Exports carry their recipe, answer as the checkpoint does, and are not kept if they do not."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,12 @@ from ctseg.engine.export import ExportReport, export
 from ctseg.engine.model import Model, load_model
 from ctseg.engine.predict import predict
 from ctseg.engine.runtime import Runtime
-from ctseg.errors import CtsegError, ModelError
+from ctseg.errors import CtsegError, ModelError, OutputError
 from ctseg.networks import network_for
 from ctseg.recipe import Recipe, load_recipe
 from ctseg.sources.phantom import centered_grid, make_phantom
 from ctseg.volume import Volume
+from ctseg.workspace import EXPORT_SUFFIXES
 
 FORMATS = {"torchscript": ".ts", "onnx": ".onnx"}
 
@@ -158,3 +160,13 @@ def test_shipped_recipes_export(tmp_path: Path, cpu: Runtime, phantom: Volume, n
     agreed, labelled = agreement(checkpoint, output, phantom, cpu)
     assert agreed >= 0.9999
     assert 0 < labelled < 1
+
+
+@pytest.mark.parametrize("file_format", ["torchscript", "onnx"])
+def test_a_full_disk_leaves_no_file(
+    tiny_checkpoint: Path, mount: Callable[[str], Path], cpu: Runtime, file_format: str
+) -> None:
+    folder = mount("size=4k")
+    with pytest.raises(OutputError, match="No space left on device"):
+        export(tiny_checkpoint, file_format, folder / f"model{EXPORT_SUFFIXES[file_format]}", cpu)
+    assert not list(folder.iterdir())

@@ -141,6 +141,7 @@ SMALL = replace(CARD, window_size=(96, 96, 96), overlap=0.0)
     [
         pytest.param("totalsegmentator_example/example_ct_sm.nii.gz", CARD, id="part_of_example"),
         pytest.param("msd_spleen8/imagesTr/spleen_8.nii.gz", SMALL, id="spleen_8_small_windows"),
+        pytest.param("crlm_abdomen/CRLM-CT-1006_ct.nii.gz", SMALL, id="crlm_1006_small_windows"),
         pytest.param("totalsegmentator_example/example_ct.nii.gz", CARD, id="example", marks=pytest.mark.slow),
         pytest.param("msd_spleen8/imagesTr/spleen_8.nii.gz", CARD, id="spleen_8", marks=pytest.mark.slow),
         pytest.param("crlm_abdomen/CRLM-CT-1004_ct.nii.gz", CARD, id="crlm_1004", marks=pytest.mark.slow),

@@ -14,8 +14,9 @@ import pytest
 
 from ctseg.engine.bank import bank_folder
 from ctseg.engine.checkpoint import read_checkpoint
+from ctseg.engine.runtime import Runtime
 from ctseg.engine.train import TrainResult, train
-from ctseg.errors import CtsegError, ManifestError
+from ctseg.errors import CtsegError, ManifestError, OutputError
 from ctseg.manifest import Manifest
 from ctseg.progress import Silent
 from ctseg.recipe import Recipe
@@ -165,3 +166,14 @@ def test_a_signal_stops_the_process_with_its_own_code(tiny_recipe, tmp_path: Pat
     assert process.returncode == 75, errors
     assert f"--resume --output {run}" in errors
     assert 0 < read_checkpoint(run / "last.pt")["epoch"] < 40
+
+
+def test_a_full_disk_ends_the_training_in_one_line_and_leaves_whole_files(
+    tiny_recipe, tiny_manifest, tiny_prepared: Path, mount: Callable[[str], Path], cpu: Runtime
+) -> None:
+    run = mount("size=96k") / "run"
+    with pytest.raises(OutputError, match="No space left on device"):
+        train(tiny_recipe, run, lambda _: tiny_manifest, cpu, Silent(), tiny_prepared)
+    assert not list(run.glob(".*"))
+    for checkpoint in run.glob("*.pt"):
+        read_checkpoint(checkpoint)

@@ -1,6 +1,5 @@
 """Small volumes with odd sizes, anisotropic spacing and an oblique, left-handed grid; and the files they make."""
 
-import subprocess
 import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -74,16 +73,6 @@ def at_most() -> Callable[[int], AbstractContextManager[None]]:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def small_disk(mount: Callable[[str], Path]) -> Path:
     """A folder on a disk of 64 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
-    try:
-        mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
-    except FileNotFoundError:
-        mounted = False
-    if not mounted:
-        pytest.skip("a small disk can only be mounted by root on Linux")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    return mount("size=64k")

@@ -74,7 +74,10 @@ def pairs(rows: Sequence[tuple[str, object]]) -> str:
 
 def score_table(evaluation: Any) -> str:
     """Per-case scores and summaries of an `Evaluation`, with failed cases and their reasons."""
-    rows = [(s.case, s.structure, s.dice, s.label_ml, s.mask_ml, round(s.seconds, 1)) for s in evaluation.scores]
+    rows = [
+        (s.case, s.structure, s.dice, rounded(s.label_ml), rounded(s.mask_ml), rounded(s.seconds))
+        for s in evaluation.scores
+    ]
     cases = render_table(("case", "structure", "dice", "label_ml", "mask_ml", "seconds"), rows)
     lines = [cases, ""]
     for s in evaluation.summaries:
@@ -86,6 +89,11 @@ def score_table(evaluation: Any) -> str:
         )
     lines += [f"failed: {s.case}: {s.error}" for s in evaluation.failed]
     return "\n".join(lines)
+
+
+def rounded(value: float | None) -> str | None:
+    """One decimal, for millilitres and seconds."""
+    return None if value is None else f"{value:.1f}"
 
 
 def _number(value: float | None) -> str:

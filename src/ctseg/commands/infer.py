@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ctseg.commands.common import DeviceOption, JsonFlag, ModelOption, PrecisionOption, QuietFlag, emit
+from ctseg.commands.common import DeviceOption, JsonFlag, ModelOption, PrecisionOption, QuietFlag, emit, rounded
 from ctseg.errors import CasesFailed
 from ctseg.files import make_folder
 from ctseg.jobs import FAILURES, find_jobs
@@ -60,14 +60,10 @@ def _text(outcomes: list[Outcome], model: Path) -> str:
             o.image,
             o.status,
             o.mask if o.status != "failed" else None,
-            *(_rounded(o.volumes_ml.get(s)) for s in structures),
+            *(rounded(o.volumes_ml.get(s)) for s in structures),
         )
         for o in outcomes
     ]
     counts = ", ".join(f"{n} {status}" for status, n in Counter(o.status for o in outcomes).items())
     table = render_table(("image", "status", "mask", *(f"{s}_ml" for s in structures)), rows)
     return f"model {model}\n\n{table}\n\n{counts}"
-
-
-def _rounded(value: float | None) -> str | None:
-    return None if value is None else f"{value:.1f}"

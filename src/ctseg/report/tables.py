@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 GAP = "  "
@@ -10,7 +11,7 @@ GAP = "  "
 def render_table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str | None = None) -> str:
     """The table as lines of text, without a newline at the end.
 
-    Columns of numbers (and perhaps None) are aligned right, all others left. Floats have 4 decimals; None is "-".
+    Columns of numbers, rounded to text or not, are aligned right, all others left. Floats have 4 decimals; None is "-".
 
     Raises:
         ValueError: if a row has more or fewer cells than there are columns.
@@ -31,7 +32,13 @@ def _text(value: object) -> str:
 
 def _is_numeric(values: Sequence[object]) -> bool:
     known = [value for value in values if value is not None]
-    return bool(known) and all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in known)
+    return bool(known) and all(_is_number(value) for value in known)
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, str):
+        return re.fullmatch(r"-?\d+(\.\d+)?", value) is not None  # rounded by the caller
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _line(cells: Sequence[str], widths: Sequence[int], numeric: Sequence[bool]) -> str:
