@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ctseg.errors import CtsegError
-from ctseg.manifest import check_files, read_manifest
+from ctseg.manifest import SPLITS, check_files, read_manifest
 from ctseg.sources.phantom import (
     ADULT,
     DEMO_COUNTS,
@@ -334,5 +334,6 @@ def test_an_unreadable_manifest_is_told(tmp_path: Path) -> None:
         write_phantoms(tmp_path, {"training": 1}, 9, lambda _: None)
 
 
-def test_demo_counts() -> None:
-    assert DEMO_COUNTS == {"training": 12, "validation": 3, "testing": 4, "test": 2}
+def test_the_demo_has_cases_of_every_split() -> None:
+    assert set(DEMO_COUNTS) == set(SPLITS)
+    assert all(count >= 2 for count in DEMO_COUNTS.values())  # a standard deviation needs two
