@@ -153,12 +153,22 @@ class RichProgress:
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as Bars
+        from rich.table import Column
 
-        eta, detail = TextColumn("{task.fields[eta]}"), TextColumn("{task.fields[detail]}", markup=False)
-        name = TextColumn("{task.description}", markup=False)
-        columns: list[Any] = [name, BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(), eta, detail]
+        def fixed(width: int) -> Column:
+            return Column(min_width=width, no_wrap=True)
+
+        rest = Column(ratio=1, no_wrap=True, overflow="ellipsis")  # on a narrow terminal only this is cut
+        columns: list[Any] = [
+            TextColumn("{task.description}", markup=False, table_column=fixed(0)),
+            BarColumn(bar_width=12, table_column=fixed(12)),
+            MofNCompleteColumn(table_column=fixed(5)),
+            TimeElapsedColumn(table_column=fixed(7)),
+            TextColumn("{task.fields[eta]}", table_column=fixed(0)),
+            TextColumn("{task.fields[detail]}", markup=False, table_column=rest),
+        ]
         # Results printed to stdout stay there; whatever else reaches stderr is shown above the bars.
-        self._bars = Bars(*columns, console=console, transient=True, redirect_stdout=False)
+        self._bars = Bars(*columns, console=console, transient=True, redirect_stdout=False, expand=True)
         self._clock = clock
         self._tasks: list[tuple[_Task, Any]] = []
 
