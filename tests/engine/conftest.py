@@ -20,9 +20,9 @@ from ctseg.progress import Silent
 from ctseg.recipe import Recipe, recipe_from_dict
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(autouse=True)
 def one_thread() -> None:
-    """Tiny networks gain nothing from threads, and on a busy machine threads wait for each other."""
+    """Tiny networks gain nothing from threads, and rounding depends on their number, so every test begins with one."""
     torch.set_num_threads(1)
 
 
