@@ -20,7 +20,7 @@ HISTORY: list[dict[str, Any]] = [
 
 def record(run: Path, recipe: Recipe, done: int, until: int) -> Recorder:
     """A recorder that has written the epochs after `done`."""
-    recorder = Recorder(run, recipe, done)
+    recorder = Recorder(run, recipe, HISTORY[:done])
     for n in range(done + 1, until + 1):
         recorder.write(HISTORY[:n])
     return recorder
@@ -47,7 +47,7 @@ def test_logs_hold_one_row_for_each_epoch(tmp_path: Path, tiny_recipe: Recipe, r
 
 def test_epochs_after_the_checkpoint_are_struck_out(tmp_path: Path, tiny_recipe: Recipe, read_events) -> None:
     """Three epochs are logged, but the run goes on from the checkpoint of the first."""
-    first = Recorder(tmp_path, tiny_recipe, 0)
+    first = Recorder(tmp_path, tiny_recipe, [])
     first.write(HISTORY[:1])
     for n in (2, 3):
         first.write([*HISTORY[: n - 1], {**HISTORY[n - 1], "loss": 99.0}])
@@ -67,3 +67,8 @@ def test_every_epoch_is_on_disk_before_the_next(tmp_path: Path, tiny_recipe: Rec
 def test_curves_are_a_picture(tmp_path: Path, tiny_recipe: Recipe) -> None:
     record(tmp_path, tiny_recipe, done=0, until=3).close()
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_a_run_killed_after_its_last_epoch_still_gets_its_curves(tmp_path: Path, tiny_recipe: Recipe) -> None:
+    Recorder(tmp_path, tiny_recipe, HISTORY).close()
+    assert (tmp_path / "curves.png").exists()

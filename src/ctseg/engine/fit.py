@@ -136,7 +136,7 @@ def fit(
         Stopped: after a stop request.
     """
     epochs = trainer.recipe.training.epochs
-    recorder = Recorder(run, trainer.recipe, trainer.epoch) if trainer.runtime.is_main else None
+    recorder = Recorder(run, trainer.recipe, trainer.history) if trainer.runtime.is_main else None
     model = Model(trainer.recipe, forward_of(trainer.network, trainer.runtime), trainer.runtime, run, "")
     stepper = _Stepper(trainer, training)
     progress.start(f"training {trainer.recipe.name}", epochs - trainer.epoch)

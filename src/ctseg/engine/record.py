@@ -19,15 +19,15 @@ DRAW_INTERVAL_SECONDS = 60.0
 class Recorder:
     """Writes the history of a run. Rows after a resumed epoch replace those of the interrupted one."""
 
-    def __init__(self, run: Path, recipe: Recipe, epochs_done: int) -> None:
+    def __init__(self, run: Path, recipe: Recipe, history: list[dict[str, Any]]) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
 
         self.run = run
         self.title = recipe.title
         # Events from after the checkpoint that we resume from are struck out by purge_step.
         with output_errors(run / "tensorboard"):
-            self.events = SummaryWriter(str(run / "tensorboard"), purge_step=epochs_done + 1)
-        self._history: list[dict[str, Any]] = []
+            self.events = SummaryWriter(str(run / "tensorboard"), purge_step=len(history) + 1)
+        self._history = history  # a run killed after its last epoch still gets its curves
         self._drawn_seconds = time.monotonic()
 
     def write(self, history: list[dict[str, Any]]) -> None:
