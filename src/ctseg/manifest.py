@@ -56,6 +56,20 @@ class Manifest:
             raise ManifestError(f"manifest '{self.name}': split '{name}' has no cases; it has {sizes or 'none at all'}")
         return cases
 
+    @property
+    def validation(self) -> tuple[Case, ...]:
+        """The cases scored during training; there may be none."""
+        return tuple(case for case in self.cases if case.split == "validation")
+
+    @property
+    def to_prepare(self) -> tuple[Case, ...]:
+        """The cases that training reads.
+
+        Raises:
+            ManifestError: if there are none to train on.
+        """
+        return self.split("training") + self.validation
+
 
 def shipped_manifest(name: str) -> Path:
     """The path of a manifest that ships with ctseg, whether installed or run from its checkout.

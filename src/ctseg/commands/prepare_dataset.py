@@ -40,7 +40,7 @@ def prepare_dataset(
             found = check_files(read_manifest(run / DATA_FILE))
         else:
             found = find_data(manifest or chosen.data.manifest, data, progress)
-        cases = found.split("training") + tuple(case for case in found.cases if case.split == "validation")
+        cases = found.to_prepare
         make_folder(prepared)
         from ctseg.engine.bank import prepare_bank
 

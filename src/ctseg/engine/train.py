@@ -11,7 +11,7 @@ from ctseg.engine.checkpoint import BEST, LAST
 from ctseg.engine.fit import Trainer, fit
 from ctseg.engine.runtime import Runtime
 from ctseg.errors import CtsegError, Stopped
-from ctseg.manifest import Case, Manifest, check_files, read_manifest
+from ctseg.manifest import Manifest, check_files, read_manifest
 from ctseg.progress import Progress
 from ctseg.recipe import Recipe
 from ctseg.workspace import DATA_FILE, PREPARED, start_run
@@ -51,14 +51,14 @@ def train(
     if runtime.is_main:
         try:
             manifest = _set_up(recipe, run, find_data(progress) if find_data else None, runtime.precision)
-            prepare_bank(_cases(manifest), recipe, prepared, progress, stop_requested)
+            prepare_bank(manifest.to_prepare, recipe, prepared, progress, stop_requested)
         except CtsegError as error:
             problem = error
     _raise_together(runtime, problem)
     manifest = read_manifest(run / DATA_FILE)
     folder = bank_folder(prepared, recipe)
     training = open_bank(manifest.split("training"), folder, runtime.device)
-    validation = open_bank(_validation_cases(manifest), folder, runtime.device)
+    validation = open_bank(manifest.validation, folder, runtime.device)
     trainer = Trainer.fresh(recipe, runtime)
     trainer.load(run)
     best = fit(trainer, training, validation, run, progress, stop_requested)
@@ -89,12 +89,3 @@ def _set_up(recipe: Recipe, run: Path, manifest: Manifest | None, precision: str
         manifest.split("training")
         start_run(run, recipe, manifest, precision)
     return check_files(read_manifest(run / DATA_FILE))
-
-
-def _cases(manifest: Manifest) -> tuple[Case, ...]:
-    return manifest.split("training") + _validation_cases(manifest)
-
-
-def _validation_cases(manifest: Manifest) -> tuple[Case, ...]:
-    """The cases scored during training; there may be none."""
-    return tuple(case for case in manifest.cases if case.split == "validation")
