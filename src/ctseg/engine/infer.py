@@ -79,8 +79,9 @@ def _claim(output: Path, model: Model, jobs: list[Job], overwrite: bool) -> None
         present = {}
     if present.get("sha256") != model.sha256:
         if not overwrite:
+            whose = ", ".join(str(present[key]) for key in ("recipe", "model") if key in present)
             raise CtsegError(
-                f"'{output}' holds masks of another model ({present.get('recipe')}, {present.get('model')}); "
+                f"'{output}' holds masks of another model ({whose or 'of unknown origin'}); "
                 f"choose another --output, or --overwrite to replace them"
             )
         replaced = {job.mask for job in jobs}
