@@ -22,7 +22,7 @@ from ctseg import preprocess
 from ctseg.errors import ImageError
 from ctseg.io.images import read_image, read_labels
 from ctseg.preprocess import Prepared, network_geometry, prepare, prepare_labels, restore
-from ctseg.recipe import Preprocess
+from ctseg.specs import Preprocess
 from ctseg.volume import Geometry, Volume, to_ras
 
 LABELS = (("L", "R"), ("P", "A"), ("I", "S"))

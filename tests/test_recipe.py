@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from ctseg.errors import RecipeError
-from ctseg.recipe import (
+from ctseg.recipe import Recipe, load_recipe, recipe_from_dict, recipe_names, recipe_path, variant_names
+from ctseg.specs import (
     AdamSpec,
     Augmentation,
     Data,
@@ -16,15 +17,10 @@ from ctseg.recipe import (
     Inference,
     NovogradSpec,
     Preprocess,
-    Recipe,
     Sampling,
+    StepSpec,
     Training,
     UNetSpec,
-    load_recipe,
-    recipe_from_dict,
-    recipe_names,
-    recipe_path,
-    variant_names,
 )
 
 ALL_NAMES = [name for base in recipe_names() for name in (base, *(f"{base}:{v}" for v in variant_names(base)))]
@@ -57,11 +53,10 @@ def test_spleen_holds_the_published_numbers():
         augmentation=Augmentation(shift_offset=0.1, shift_probability=0.5),
         objective=DiceCESpec(kind="dice_ce", squared_pred=True, batch=True, include_background=True),
         optimizer=NovogradSpec(kind="novograd", lr=2e-3),
+        schedule=StepSpec(kind="step", step_epochs=5000, gamma=0.1),
         training=Training(
             epochs=1260,
             batch_cases=4,
-            lr_step_epochs=5000,
-            lr_gamma=0.1,
             validation_interval_epochs=1,
             validation_overlap=0.25,
             amp=True,
@@ -161,7 +156,7 @@ def test_the_last_set_wins():
         ("preprocess.hu_window=[5,5]", "preprocess.hu_window: the first value must be below the second, got [5, 5]"),
         ("preprocess.hu_window=[nan,5]", "preprocess.hu_window[0]: expected a finite number, got nan"),
         ("inference.overlap=1", "inference.overlap: must be below 1, got 1.0"),
-        ("network.kind=unett", "network.kind: expected one of unet, got 'unett'"),
+        ("network.kind=unett", "network.kind: expected one of unet, ahnet, segresnet, got 'unett'"),
         ("objective.kind=[1]", "objective.kind: expected one of dice, dice_ce, got [1]"),
         ("network.strides=[2,2]", "network.strides: expected one less than channels (5), got 2"),
         ("sampling.patch_size=[96,96,90]", "sampling.patch_size: every size must be a multiple of 16 (the network's"),
@@ -188,7 +183,7 @@ def test_all_problems_of_file_and_overrides_at_once(tmp_path: Path):
         f"recipe '{path}': 6 problems",
         "  --set nonsense: expected section.key=value",
         "  extra: unknown key; known: name, title, source, labels, data, preprocess, network, sampling, augmentation, "
-        "objective, optimizer, training, inference",
+        "objective, optimizer, schedule, training, inference",
         "  preprocess.spacing: unknown key; did you mean 'spacing_mm'?",
         "  preprocess.spacing_mm: missing",
         "  preprocess.hu_window: expected 2 values, got [0]",
@@ -216,7 +211,7 @@ def test_names_that_are_no_recipe(tmp_path: Path):
         ("r.json", b"{", "cannot be read as JSON"),
         ("r.json", b"[" * 100_000, "cannot be read as JSON"),
         ("r.json", b"[]", "expected a JSON object, got list"),
-        ("r.toml", b"", "13 problems"),
+        ("r.toml", b"", "14 problems"),
     ],
 )
 def test_files_that_are_no_recipe(tmp_path: Path, name: str, content: bytes, fragment: str):

@@ -10,8 +10,9 @@ import torch
 from monai.transforms.utils import correct_crop_centers
 from numpy.typing import NDArray
 
-from ctseg.recipe import Augmentation, Sampling, load_recipe
+from ctseg.recipe import load_recipe
 from ctseg.sampling import CaseArrays, Draw, cut_batch, cut_patch, draw_start, draw_step, epoch_batches, generator
+from ctseg.specs import Augmentation, Sampling
 
 SAMPLING = Sampling(patch_size=(8, 6, 4), patches_per_case=4, positive_fraction=0.5)
 NO_SHIFT = Augmentation(shift_offset=0.1, shift_probability=0.0)

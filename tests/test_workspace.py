@@ -77,7 +77,7 @@ def test_wrong_run_folders(tiny_manifest: Manifest):
     with pytest.raises(RecipeError, match=r"recipe\.json': cannot be read"):
         run_recipe(run)
     (run / RECIPE_FILE).write_text('{"name": "x"}')
-    with pytest.raises(RecipeError, match="recipe of run 'runs/spleen-001': 12 problems"):
+    with pytest.raises(RecipeError, match="recipe of run 'runs/spleen-001': 13 problems"):
         run_recipe(run)
 
 

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ctseg.recipe import Recipe, UNetSpec
+from ctseg.recipe import Recipe
+from ctseg.specs import AHNetSpec, NetworkSpec, SegResNetSpec, UNetSpec
 
 
-def build_network(spec: UNetSpec, in_channels: int, out_channels: int) -> nn.Module:
+def build_network(spec: NetworkSpec, in_channels: int, out_channels: int) -> nn.Module:
     """A network `[B, in_channels, X, Y, Z]` -> `[B, out_channels, X, Y, Z]`; fresh weights, torch's current seed."""
+    builders: dict[type, Callable[..., nn.Module]] = {UNetSpec: _unet, AHNetSpec: _ahnet, SegResNetSpec: _segresnet}
+    return builders[type(spec)](spec, in_channels, out_channels)
+
+
+def _unet(spec: UNetSpec, in_channels: int, out_channels: int) -> nn.Module:
     from monai.networks.nets.unet import UNet
 
     network: nn.Module = UNet(
@@ -20,6 +28,35 @@ def build_network(spec: UNetSpec, in_channels: int, out_channels: int) -> nn.Mod
         strides=spec.strides,
         num_res_units=spec.num_res_units,
         norm=spec.norm,
+    )
+    return network
+
+
+def _ahnet(spec: AHNetSpec, in_channels: int, out_channels: int) -> nn.Module:
+    from monai.networks.nets.ahnet import AHNet
+
+    network: nn.Module = AHNet(
+        layers=spec.layers,
+        spatial_dims=3,
+        in_channels=in_channels,
+        out_channels=out_channels,
+        psp_block_num=spec.psp_block_num,
+        upsample_mode=spec.upsample_mode,
+    )
+    return network
+
+
+def _segresnet(spec: SegResNetSpec, in_channels: int, out_channels: int) -> nn.Module:
+    from monai.networks.nets.segresnet import SegResNet
+
+    network: nn.Module = SegResNet(
+        spatial_dims=3,
+        init_filters=spec.init_filters,
+        in_channels=in_channels,
+        out_channels=out_channels,
+        dropout_prob=spec.dropout_prob or None,
+        blocks_down=spec.blocks_down,
+        blocks_up=spec.blocks_up,
     )
     return network
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ctseg.errors import ImageError
-from ctseg.recipe import Preprocess
+from ctseg.specs import Preprocess
 from ctseg.volume import Geometry, Volume, orientation_to_ras, to_ras
 
 SLAB_VOXELS = 1_000_000

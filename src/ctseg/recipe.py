@@ -13,10 +13,23 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from ctseg.errors import RecipeError, list_problems
-from ctseg.strict import Range, read_dataclass
+from ctseg.specs import (
+    Augmentation,
+    Data,
+    DiceCESpec,
+    DiceSpec,
+    Inference,
+    NetworkSpec,
+    OptimizerSpec,
+    Preprocess,
+    Sampling,
+    ScheduleSpec,
+    Training,
+)
+from ctseg.strict import read_dataclass
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -24,141 +37,6 @@ else:
     import tomli as tomllib
 
 RECIPE_FOLDER = Path(__file__).parent / "recipes"
-
-Positive = Annotated[float, Range(above=0)]
-Probability = Annotated[float, Range(at_least=0, at_most=1)]
-Count = Annotated[int, Range(at_least=1, at_most=100_000)]
-Channels = Annotated[int, Range(at_least=1, at_most=4096)]
-Length = Annotated[int, Range(at_least=1, at_most=1024)]
-Size = tuple[Length, Length, Length]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Data:
-    """Which data set trains the recipe."""
-
-    manifest: str
-    """Name of a manifest that ships with ctseg, or of a made data set."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Preprocess:
-    """From a CT in Hounsfield units to the network's input, on a RAS grid."""
-
-    spacing_mm: tuple[Positive, Positive, Positive]
-    hu_window: tuple[float, float]
-    """HU mapped to 0 and 1; outside is clipped."""
-    crop_foreground: bool
-    """Training cases are cropped to the box of voxels above 0 after windowing."""
-
-    def check(self) -> Iterator[str]:
-        """Problems beyond those of single values, as "key: text"."""
-        low, high = self.hu_window
-        if low >= high:
-            yield f"hu_window: the first value must be below the second, got [{low:g}, {high:g}]"
-
-
-@dataclass(frozen=True, kw_only=True)
-class UNetSpec:
-    """MONAI's UNet with residual units (Kerfoot et al. 2019)."""
-
-    kind: Literal["unet"]
-    channels: tuple[Channels, ...]
-    strides: tuple[Count, ...]
-    num_res_units: Annotated[int, Range(at_least=0)]
-    norm: Literal["batch", "instance"]
-
-    def check(self) -> Iterator[str]:
-        """Problems beyond those of single values, as "key: text"."""
-        if len(self.channels) < 2 or len(self.strides) != len(self.channels) - 1:
-            yield f"strides: expected one less than channels ({len(self.channels)}), got {len(self.strides)}"
-
-    @property
-    def size_multiple(self) -> int:
-        """A window's size along each axis must be a multiple of this."""
-        multiple = 1
-        for stride in self.strides:
-            multiple *= stride
-        return multiple
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """Random patches for training."""
-
-    patch_size: Size
-    patches_per_case: Count
-    positive_fraction: Probability
-    """Share of patches centred on foreground; the others are centred on background inside the body."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Augmentation:
-    """Random changes to each patch. Offsets are in units of the 0..1 intensity scale."""
-
-    shift_offset: Annotated[float, Range(at_least=0)]
-    shift_probability: Probability
-
-
-@dataclass(frozen=True, kw_only=True)
-class DiceSpec:
-    """MONAI's DiceLoss on softmax scores."""
-
-    kind: Literal["dice"]
-    squared_pred: bool
-    batch: bool
-    """The Dice sums run over all patches of a step instead of each patch alone."""
-    include_background: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class DiceCESpec(DiceSpec):
-    """MONAI's DiceCELoss: the sum of Dice on softmax scores and cross entropy, weights 1 and 1."""
-
-    kind: Literal["dice_ce"]  # type: ignore[assignment]  # narrows the parent's literal
-
-
-@dataclass(frozen=True, kw_only=True)
-class NovogradSpec:
-    """MONAI's Novograd with its default betas (0.9, 0.98)."""
-
-    kind: Literal["novograd"]
-    lr: Positive
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdamSpec:
-    """PyTorch's Adam with its default betas."""
-
-    kind: Literal["adam"]
-    lr: Positive
-
-
-@dataclass(frozen=True, kw_only=True)
-class Training:
-    """Length and rhythm of training."""
-
-    epochs: Count
-    batch_cases: Count
-    """Cases per optimisation step, over all processes together; each gives `patches_per_case` patches."""
-    lr_step_epochs: Count
-    lr_gamma: Positive
-    """The learning rate is multiplied by this every `lr_step_epochs` epochs."""
-    validation_interval_epochs: Count
-    validation_overlap: Annotated[float, Range(at_least=0, below=1)]
-    amp: bool
-    """Mixed precision on CUDA."""
-    seed: Annotated[int, Range(at_least=0, at_most=2**31 - 1)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Inference:
-    """Sliding window of `validate` and `infer`."""
-
-    window_size: Size
-    overlap: Annotated[float, Range(at_least=0, below=1)]
-    batch_windows: Count
-    """Windows per network call on a GPU. On a CPU windows go one by one: more cost memory and gain nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,11 +50,12 @@ class Recipe:
     """Label value (as a string, "1" upwards without gaps) -> name of the structure."""
     data: Data
     preprocess: Preprocess
-    network: UNetSpec
+    network: NetworkSpec
     sampling: Sampling
     augmentation: Augmentation
     objective: DiceSpec | DiceCESpec
-    optimizer: NovogradSpec | AdamSpec
+    optimizer: OptimizerSpec
+    schedule: ScheduleSpec
     training: Training
     inference: Inference
 
@@ -197,6 +76,9 @@ class Recipe:
         ):
             if any(n % multiple for n in size):
                 yield f"{key}: every size must be a multiple of {multiple} (the network's strides), got {list(size)}"
+        size = self.sampling.patch_size
+        if self.augmentation.rotate90_probability and size[0] != size[1]:
+            yield f"sampling.patch_size: quarter turns need x = y, got {list(size)}; or set rotate90_probability = 0"
 
     @property
     def num_classes(self) -> int:

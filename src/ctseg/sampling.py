@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from ctseg.recipe import Augmentation, Sampling
+from ctseg.specs import Augmentation, Sampling
 
 ORDER, PATCHES, NETWORK = range(3)
 """Purposes of random streams: order of cases, patches and augmentation, the network's own (dropout)."""

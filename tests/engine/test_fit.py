@@ -17,7 +17,8 @@ from ctseg.errors import CtsegError, ModelError, Stopped
 from ctseg.recipe import Recipe
 from ctseg.sampling import Draw
 
-SIX_STEPS = {"epochs": 3, "batch_cases": 2, "validation_interval_epochs": 2, "lr_step_epochs": 1, "lr_gamma": 0.5}
+SIX_STEPS = {"epochs": 3, "batch_cases": 2, "validation_interval_epochs": 2}
+HALVED = {"kind": "step", "step_epochs": 1, "gamma": 0.5}
 """Three epochs of two steps (the tiny data has three cases), each with its own learning rate."""
 OPTIMIZERS = [{"kind": "adam", "lr": 2e-3}, {"kind": "novograd", "lr": 2e-3}]
 
@@ -51,7 +52,7 @@ def test_the_same_twice_and_another_seed_differs(
 def test_stopped_after_any_step_it_ends_with_the_same_bits(
     tiny_recipe: Recipe, tmp_path: Path, train_tiny, changed, assert_same, optimizer: dict
 ) -> None:
-    recipe = changed(tiny_recipe, training=SIX_STEPS, optimizer=optimizer)
+    recipe = changed(tiny_recipe, training=SIX_STEPS, schedule=HALVED, optimizer=optimizer)
     train_tiny(recipe, tmp_path / "whole")
     for step in range(1, 7):
         run = tmp_path / f"stopped-{step}"
@@ -69,7 +70,7 @@ def test_stopped_after_any_step_it_ends_with_the_same_bits(
 def test_stopped_after_every_step_it_ends_with_the_same_bits(
     tiny_recipe: Recipe, tmp_path: Path, train_tiny, changed, assert_same, read_events
 ) -> None:
-    recipe = changed(tiny_recipe, training=SIX_STEPS)
+    recipe = changed(tiny_recipe, training=SIX_STEPS, schedule=HALVED)
     train_tiny(recipe, tmp_path / "whole")
     run, stops = tmp_path / "run", 0
     while True:
@@ -165,7 +166,8 @@ def test_validation_comes_every_interval_and_after_the_last_epoch(tiny_recipe, t
 def test_learning_rate_falls_by_its_schedule(tiny_recipe, tmp_path, train_tiny, changed) -> None:
     recipe = changed(
         tiny_recipe,
-        training={"epochs": 5, "lr_step_epochs": 2, "lr_gamma": 0.1},
+        training={"epochs": 5},
+        schedule={"kind": "step", "step_epochs": 2, "gamma": 0.1},
         optimizer={"lr": 1e-3},
     )
     train_tiny(recipe, tmp_path / "run")

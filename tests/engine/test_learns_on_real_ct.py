@@ -14,7 +14,7 @@ from ctseg.recipe import load_recipe
 
 SHORTENED = [
     "training.epochs=260",
-    "training.lr_step_epochs=220",
+    "schedule.step_epochs=220",
     "training.batch_cases=3",
     "sampling.patches_per_case=2",
 ]

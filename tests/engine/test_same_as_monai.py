@@ -28,8 +28,9 @@ from ctseg.engine.predict import predict
 from ctseg.engine.runtime import Runtime
 from ctseg.io.images import read_image
 from ctseg.networks import network_for
-from ctseg.recipe import Inference, Recipe, load_recipe
+from ctseg.recipe import Recipe, load_recipe
 from ctseg.sources.phantom import centered_grid, make_phantom
+from ctseg.specs import Inference
 from ctseg.volume import Geometry, Volume
 
 # MONAI warns of a DICOM reader that is not installed here.

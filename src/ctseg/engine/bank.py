@@ -27,8 +27,9 @@ from ctseg.io.images import read_image, read_labels
 from ctseg.manifest import Case
 from ctseg.preprocess import prepare, prepare_labels
 from ctseg.progress import Progress
-from ctseg.recipe import Preprocess, Recipe
+from ctseg.recipe import Recipe
 from ctseg.sampling import CaseArrays
+from ctseg.specs import Preprocess
 from ctseg.volume import Volume
 
 FORMAT = 1

@@ -30,7 +30,7 @@ from ctseg.engine.runtime import Runtime
 from ctseg.errors import CtsegError, ModelError, Stopped
 from ctseg.metrics import mean_or_none
 from ctseg.networks import network_for
-from ctseg.objectives import build_loss, build_optimizer
+from ctseg.objectives import build_loss, build_optimizer, learning_rate
 from ctseg.progress import Progress
 from ctseg.recipe import Recipe
 from ctseg.sampling import NETWORK, CaseArrays, Draw, cut_batch, draw_step, epoch_batches, generator
@@ -171,19 +171,23 @@ class _Stepper:
     def run_epoch(self, run: Path, stop_requested: Callable[[], bool]) -> None:
         """The epoch's remaining steps; afterwards `trainer.losses` holds one value for each of its steps."""
         trainer, training = self.trainer, self.trainer.recipe.training
-        lr = trainer.recipe.optimizer.lr * training.lr_gamma ** (trainer.epoch // training.lr_step_epochs)
-        for group in trainer.optimizer.param_groups:
-            group["lr"] = lr
         batches = epoch_batches(len(self.cases), training.batch_cases, training.seed, trainer.epoch)
         self.network.train()
         losses: list[Tensor] = []
         for batch in batches[trainer.step :]:
+            self._set_rate(trainer.epoch * len(batches) + trainer.step, len(batches))
             losses.append(self._step(batch))
             trainer.step += 1
             if trainer.runtime.any_process(stop_requested()):
                 self._collect(losses)
                 self._stop(run)
         self._collect(losses)
+
+    def _set_rate(self, step: int, steps_per_epoch: int) -> None:
+        recipe = self.trainer.recipe
+        lr = learning_rate(recipe.schedule, recipe.optimizer.lr, step, steps_per_epoch, recipe.training.epochs)
+        for group in self.trainer.optimizer.param_groups:
+            group["lr"] = lr
 
     def _check_shares(self) -> None:
         """Every process needs a patch in every step, the epoch's last and smallest one included."""

@@ -18,8 +18,8 @@ from torch import Tensor
 from ctseg.engine.model import Model
 from ctseg.engine.runtime import memory_errors
 from ctseg.preprocess import prepare, restore
-from ctseg.recipe import Inference
 from ctseg.sampling import cut_patch
+from ctseg.specs import Inference
 from ctseg.volume import Volume
 
 Start = tuple[int, int, int]

@@ -1,0 +1,234 @@
+"""The parts of a recipe, one frozen dataclass for each table of its TOML file.
+
+A table with a `kind` is one of several classes. A field with a default may be missing from the file; its default is
+always "off". Order of spatial numbers is x, y, z.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from ctseg.strict import Range
+
+Positive = Annotated[float, Range(above=0)]
+Probability = Annotated[float, Range(at_least=0, at_most=1)]
+Count = Annotated[int, Range(at_least=1, at_most=100_000)]
+Channels = Annotated[int, Range(at_least=1, at_most=4096)]
+Length = Annotated[int, Range(at_least=1, at_most=1024)]
+Size = tuple[Length, Length, Length]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Which data set trains the recipe."""
+
+    manifest: str
+    """Name of a manifest that ships with ctseg, or of a made data set."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocess:
+    """From a CT in Hounsfield units to the network's input, on a RAS grid."""
+
+    spacing_mm: tuple[Positive, Positive, Positive]
+    hu_window: tuple[float, float]
+    """HU mapped to 0 and 1; outside is clipped."""
+    crop_foreground: bool
+    """Training cases are cropped to the box of voxels above 0 after windowing."""
+
+    def check(self) -> Iterator[str]:
+        """Problems beyond those of single values, as "key: text"."""
+        low, high = self.hu_window
+        if low >= high:
+            yield f"hu_window: the first value must be below the second, got [{low:g}, {high:g}]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetSpec:
+    """MONAI's UNet with residual units (Kerfoot et al. 2019)."""
+
+    kind: Literal["unet"]
+    channels: tuple[Channels, ...]
+    strides: tuple[Count, ...]
+    num_res_units: Annotated[int, Range(at_least=0)]
+    norm: Literal["batch", "instance"]
+
+    def check(self) -> Iterator[str]:
+        """Problems beyond those of single values, as "key: text"."""
+        if len(self.channels) < 2 or len(self.strides) != len(self.channels) - 1:
+            yield f"strides: expected one less than channels ({len(self.channels)}), got {len(self.strides)}"
+
+    @property
+    def size_multiple(self) -> int:
+        """A window's size along each axis must be a multiple of this."""
+        multiple = 1
+        for stride in self.strides:
+            multiple *= stride
+        return multiple
+
+
+@dataclass(frozen=True, kw_only=True)
+class AHNetSpec:
+    """MONAI's anisotropic hybrid network (Liu et al. 2018, arXiv:1711.08580)."""
+
+    kind: Literal["ahnet"]
+    layers: tuple[Count, Count, Count, Count]
+    psp_block_num: Annotated[int, Range(at_least=0, at_most=4)]
+    upsample_mode: Literal["trilinear", "transpose", "nearest"]
+
+    @property
+    def size_multiple(self) -> int:
+        """A window's size along each axis must be a multiple of this: five halvings."""
+        return 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegResNetSpec:
+    """MONAI's SegResNet (Myronenko 2018, arXiv:1810.11654)."""
+
+    kind: Literal["segresnet"]
+    init_filters: Annotated[int, Range(at_least=8, at_most=1024)]
+    blocks_down: tuple[Count, ...]
+    blocks_up: tuple[Count, ...]
+    dropout_prob: Annotated[float, Range(at_least=0, below=1)] = 0.0
+
+    def check(self) -> Iterator[str]:
+        """Problems beyond those of single values, as "key: text"."""
+        if len(self.blocks_down) < 2 or len(self.blocks_up) != len(self.blocks_down) - 1:
+            yield f"blocks_up: expected one less than blocks_down ({len(self.blocks_down)}), got {len(self.blocks_up)}"
+        if self.init_filters % 8:
+            yield f"init_filters: must be a multiple of 8 (groups of the normalisation), got {self.init_filters}"
+
+    @property
+    def size_multiple(self) -> int:
+        """A window's size along each axis must be a multiple of this."""
+        return int(2 ** (len(self.blocks_down) - 1))
+
+
+NetworkSpec = UNetSpec | AHNetSpec | SegResNetSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Random patches for training."""
+
+    patch_size: Size
+    patches_per_case: Count
+    positive_fraction: Probability
+    """Share of patches centred on foreground; the others are centred on background inside the body."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """Random changes to each patch. Offsets are in units of the 0..1 intensity scale."""
+
+    shift_offset: Annotated[float, Range(at_least=0)]
+    shift_probability: Probability
+    flip_probability: Probability = 0.0
+    """For each axis by itself."""
+    rotate90_probability: Probability = 0.0
+    """By one, two or three quarter turns in the x-y plane; patches must be square there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiceSpec:
+    """MONAI's DiceLoss on softmax scores."""
+
+    kind: Literal["dice"]
+    squared_pred: bool
+    batch: bool
+    """The Dice sums run over all patches of a step instead of each patch alone."""
+    include_background: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiceCESpec(DiceSpec):
+    """MONAI's DiceCELoss: the sum of Dice on softmax scores and cross entropy, weights 1 and 1."""
+
+    kind: Literal["dice_ce"]  # type: ignore[assignment]  # narrows the parent's literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class NovogradSpec:
+    """MONAI's Novograd with its default betas (0.9, 0.98)."""
+
+    kind: Literal["novograd"]
+    lr: Positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamSpec:
+    """PyTorch's Adam with its default betas."""
+
+    kind: Literal["adam"]
+    lr: Positive
+
+
+OptimizerSpec = NovogradSpec | AdamSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConstantSpec:
+    """The optimizer's rate from beginning to end, after an optional warm-up."""
+
+    kind: Literal["constant"]
+    warmup_epochs: Annotated[int, Range(at_least=0)] = 0
+    """Over these first epochs the rate rises from near 0 in a straight line, step by step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSpec:
+    """The rate is multiplied by `gamma` every `step_epochs` epochs."""
+
+    kind: Literal["step"]
+    step_epochs: Count
+    gamma: Positive
+    warmup_epochs: Annotated[int, Range(at_least=0)] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CosineSpec:
+    """Half a cosine from the optimizer's rate to `final_fraction` of it, step by step (arXiv:1608.03983)."""
+
+    kind: Literal["cosine"]
+    final_fraction: Probability = 0.0
+    warmup_epochs: Annotated[int, Range(at_least=0)] = 0
+
+
+ScheduleSpec = ConstantSpec | StepSpec | CosineSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """Length and rhythm of training."""
+
+    epochs: Count
+    batch_cases: Count
+    """Cases per optimisation step, over all processes together; each gives `patches_per_case` patches."""
+    validation_interval_epochs: Count
+    validation_overlap: Annotated[float, Range(at_least=0, below=1)]
+    amp: bool
+    """Mixed precision on CUDA."""
+    seed: Annotated[int, Range(at_least=0, at_most=2**31 - 1)]
+    patches_per_pass: Count | None = None
+    """Patches that one process sends through the network at once; a step of more accumulates gradients."""
+    gradient_clip_norm: Positive | None = None
+    """Gradients of a step are scaled down to this L2 norm over all weights."""
+    ema_decay: Annotated[float, Range(above=0, below=1)] | None = None
+    """Exponential moving average of the weights; it is what is validated and kept as the best model."""
+    early_stop_epochs: Count | None = None
+    """Training ends when validation Dice has not risen for so many epochs."""
+    deterministic: bool = False
+    """Only deterministic kernels on CUDA, at a cost in speed; a CPU is always deterministic."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inference:
+    """Sliding window of `validate` and `infer`."""
+
+    window_size: Size
+    overlap: Annotated[float, Range(at_least=0, below=1)]
+    batch_windows: Count
+    """Windows per network call on a GPU. On a CPU windows go one by one: more cost memory and gain nothing."""
