@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ctseg.errors import CtsegError
-from ctseg.jobs import find_jobs
+from ctseg.jobs import Job, Shard, choose_shard, find_jobs
 
 
 @pytest.fixture
@@ -130,3 +130,56 @@ def test_what_is_not_there_is_told(here: Path) -> None:
         find_jobs([Path("none.nii.gz")], Path("out"))
     with pytest.raises(CtsegError, match=r"no CT in in; known suffixes: .nii.gz, .nii, .nrrd, .mha"):
         find_jobs([Path("in")], Path("out"))
+
+
+JOBS = [Job(Path(f"{n}.nii"), Path(f"{n}_seg.nii")) for n in range(11)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 10, 11, 12, 20])
+def test_each_ct_is_in_exactly_one_shard(count: int) -> None:
+    shards = [choose_shard(f"{number}/{count}", {}) for number in range(1, count + 1)]
+    taken = [job for shard in shards for job in shard.take(JOBS)]
+    assert sorted(taken, key=JOBS.index) == JOBS
+    sizes = [len(shard.take(JOBS)) for shard in shards]
+    assert max(sizes) - min(sizes) <= 1
+    assert len({shard.failures for shard in shards}) == count
+    assert [str(shard) for shard in shards] == [f"{n}/{count}" for n in range(1, count + 1)]
+
+
+@pytest.mark.parametrize("text", ["0/4", "5/4", "1", "a/b", "1/0", "-1/2", "", "1/2/3"])
+def test_a_wrong_shard_is_refused(text: str) -> None:
+    with pytest.raises(CtsegError, match=f"--shard {text}: expected auto or I/N"):
+        choose_shard(text, {})
+
+
+def test_all_of_it_without_a_word() -> None:
+    assert choose_shard(None, {}) == Shard()
+    assert Shard().failures == "failures.csv"
+
+
+def array(task: int) -> dict[str, str]:
+    return {f"SLURM_ARRAY_TASK_{name}": str(n) for name, n in {"ID": task, "MIN": 1, "MAX": 3, "COUNT": 3}.items()}
+
+
+def task(index: int) -> dict[str, str]:
+    return {"SLURM_PROCID": str(index), "SLURM_STEP_NUM_TASKS": "2"}
+
+
+def test_an_array_task_takes_its_part_if_it_is_told_to() -> None:
+    """Not by itself: many arrays name another file in each task, and all of it is meant."""
+    assert choose_shard("auto", array(2)) == Shard(1, 3)
+    assert choose_shard(None, array(2)) == Shard()
+    assert choose_shard("auto", {}) == Shard()
+
+
+def test_processes_started_together_divide_a_part() -> None:
+    parts = [choose_shard(f"{number}/3", task(index)) for number in (1, 2, 3) for index in (0, 1)]
+    assert sorted((job for part in parts for job in part.take(JOBS)), key=JOBS.index) == JOBS
+    assert len(set(parts)) == 6
+    assert {choose_shard("auto", {**array(n), **task(i)}) for n in (1, 2, 3) for i in (0, 1)} == set(parts)
+    assert choose_shard("1/1", {"RANK": "1", "WORLD_SIZE": "4"}) == Shard(1, 4)
+
+
+def test_processes_started_together_do_not_do_the_same() -> None:
+    with pytest.raises(CtsegError, match="started as 2 processes, which would all do the same CTs; add --shard 1/1"):
+        choose_shard(None, task(0))

@@ -16,6 +16,7 @@ from ctseg.manifest import (
     read_manifest,
     shipped_manifest,
 )
+from ctseg.recipe import load_recipe
 
 # fmt: off
 MSD_SPLEEN = {
@@ -60,12 +61,45 @@ def test_msd_spleen_is_the_published_split():
     assert manifest.licence == "CC-BY-SA 4.0"
 
 
-@pytest.mark.parametrize("path", sorted(shipped_manifest("msd_spleen").parent.glob("*.json")), ids=lambda p: p.stem)
-def test_shipped_manifests_name_source_and_licence(path: Path):
-    manifest = read_manifest(shipped_manifest(path.stem))
-    assert manifest.name == path.stem
+SHIPPED = sorted(path.stem for path in shipped_manifest("msd_spleen").parent.glob("*.json"))
+TEMPLATES = ["bone_lesion", "lung", "lung_soft_dice"]
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name not in TEMPLATES])
+def test_shipped_manifests_name_source_and_licence(name: str):
+    manifest = read_manifest(shipped_manifest(name))
+    assert manifest.name == name
     assert manifest.source.startswith("http")
     assert manifest.licence != "unknown"
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_template_says_what_the_private_data_was(name: str, tmp_path: Path):
+    content = json.loads(shipped_manifest(name).read_text())
+    assert content["name"] == name
+    assert content["licence"] == "private"
+    assert content["labels"] == {"0": "background", **load_recipe(name).labels}
+    assert "not public" in content["description"]
+    with pytest.raises(ManifestError) as caught:
+        find_manifest(name, tmp_path)
+    assert str(caught.value) == (
+        f"data set '{name}': the original data is not public, so ctseg has no list of it; give your own list with "
+        f"--manifest FILE (its grammar stands in docs/recipes/{name}.md)"
+    )
+    page = (Path(__file__).parents[1] / "docs" / "recipes" / f"{name}.md").read_text()
+    assert '"training": [{"image": ' in page
+
+
+def test_the_public_stand_in_for_lungs_has_the_cases_in_hounsfield_units():
+    manifest = read_manifest(shipped_manifest("covid19_ct_seg"), Path("root"))
+    assert [case.name for case in manifest.cases] == [f"coronacases_{n:03d}" for n in range(1, 11)]
+    assert {s: len(manifest.split(s)) for s in ("training", "validation", "testing")} == {
+        "training": 6, "validation": 1, "testing": 3,
+    }  # fmt: skip
+    first = manifest.cases[0]
+    assert first.image == Path("root/COVID-19-CT-Seg_20cases/coronacases_001.nii.gz")
+    assert first.label == Path("root/Lung_Mask/coronacases_001.nii.gz")
+    assert manifest.licence == "CC BY 4.0"
 
 
 def test_entries_of_all_kinds(tmp_path: Path):

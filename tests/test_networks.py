@@ -11,8 +11,17 @@ from ctseg.networks import build_network, count_parameters, fold_for_inference, 
 from ctseg.recipe import Recipe, load_recipe
 
 
-def test_spleen_has_the_parameters_of_the_original() -> None:
-    assert count_parameters(network_for(load_recipe("spleen"))) == 4_808_917
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("spleen", 4_808_917),
+        ("lung", 27_086_072),
+        ("lung_soft_dice", 27_086_072),
+        ("bone_lesion", 18_796_002),
+    ],
+)
+def test_recipes_have_the_parameters_of_the_originals(name: str, count: int) -> None:
+    assert count_parameters(network_for(load_recipe(name))) == count
 
 
 def test_spleen_is_the_unet_of_the_original_configuration() -> None:

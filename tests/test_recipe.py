@@ -10,14 +10,18 @@ from ctseg.errors import RecipeError
 from ctseg.recipe import Recipe, load_recipe, recipe_from_dict, recipe_names, recipe_path, variant_names
 from ctseg.specs import (
     AdamSpec,
+    AHNetSpec,
     Augmentation,
+    ConstantSpec,
     Data,
     DiceCESpec,
     DiceSpec,
     Inference,
+    LesionSpec,
     NovogradSpec,
     Preprocess,
     Sampling,
+    SegResNetSpec,
     StepSpec,
     Training,
     UNetSpec,
@@ -72,6 +76,135 @@ def test_spleen_network_has_the_published_number_of_parameters():
     from ctseg.networks import count_parameters, network_for
 
     assert count_parameters(network_for(load_recipe("spleen"))) == 4_808_917
+
+
+LUNG = Recipe(
+    name="lung",
+    title="",
+    source="",
+    labels={"1": "lung"},
+    data=Data(manifest="lung"),
+    preprocess=Preprocess(spacing_mm=(0.8, 0.8, 5.0), hu_window=(-1500.0, 500.0), crop_foreground=True),
+    network=AHNetSpec(kind="ahnet", layers=(3, 4, 6, 3), psp_block_num=0, upsample_mode="trilinear"),
+    sampling=Sampling(patch_size=(224, 224, 32), patches_per_case=2, positive_fraction=0.5),
+    augmentation=Augmentation(shift_offset=0.1, shift_probability=0.5, flip_probability=0.1, rotate90_probability=0.1),
+    objective=DiceSpec(kind="dice", squared_pred=True, batch=False, include_background=True),
+    optimizer=AdamSpec(kind="adam", lr=1e-4),
+    schedule=ConstantSpec(kind="constant"),
+    training=Training(
+        epochs=1250, batch_cases=4, validation_interval_epochs=20, validation_overlap=0.6, amp=True, seed=0
+    ),
+    inference=Inference(window_size=(224, 224, 32), overlap=0.6, batch_windows=2),
+)
+
+
+def untitled(name: str) -> Recipe:
+    return dataclasses.replace(load_recipe(name), title="", source="")
+
+
+def test_lung_holds_the_published_numbers():
+    assert untitled("lung") == LUNG
+    assert variant_names("lung") == ["finetune", "small"]
+
+
+def test_the_first_lung_card_differs_in_loss_batch_and_data():
+    assert untitled("lung_soft_dice") == dataclasses.replace(
+        LUNG,
+        name="lung_soft_dice",
+        data=Data(manifest="lung_soft_dice"),
+        objective=DiceSpec(kind="dice", squared_pred=False, batch=False, include_background=True),
+        training=dataclasses.replace(LUNG.training, batch_cases=16),  # 4 cases on each of 4 GPUs
+    )
+
+
+def test_bone_lesion_holds_the_published_numbers():
+    bone = untitled("bone_lesion")
+    assert bone == Recipe(
+        name="bone_lesion",
+        title="",
+        source="",
+        labels={"1": "bone lesion"},
+        data=Data(manifest="bone_lesion"),
+        preprocess=Preprocess(
+            spacing_mm=(1.0, 1.0, 1.0), hu_window=(-500.0, 1300.0), crop_foreground=True, binarize_labels=True
+        ),
+        network=SegResNetSpec(
+            kind="segresnet", init_filters=32, blocks_down=(1, 2, 2, 4), blocks_up=(1, 1, 1), dropout_prob=0.1
+        ),
+        sampling=Sampling(patch_size=(128, 128, 128), patches_per_case=2, positive_fraction=0.5),
+        augmentation=Augmentation(
+            shift_offset=0.1, shift_probability=0.5, flip_probability=0.5, rotate90_probability=0.1
+        ),
+        objective=DiceSpec(kind="dice", squared_pred=True, batch=False, include_background=True),
+        optimizer=AdamSpec(kind="adam", lr=1e-4),
+        schedule=ConstantSpec(kind="constant"),
+        training=Training(
+            epochs=1250, batch_cases=2, validation_interval_epochs=20, validation_overlap=0.625, amp=True, seed=0
+        ),
+        inference=Inference(window_size=(128, 128, 128), overlap=0.625, batch_windows=4),
+        lesions=LesionSpec(volume_limits_ml=(0.5, 2.0, 10.0), min_overlap=0.1),
+    )
+    shipped = dataclasses.replace(
+        bone,
+        name="bone_lesion:mmar",
+        preprocess=dataclasses.replace(bone.preprocess, hu_window=(-980.0, 2620.0)),
+        augmentation=dataclasses.replace(bone.augmentation, rotate90_probability=0.0),
+        objective=DiceCESpec(kind="dice_ce", squared_pred=True, batch=False, include_background=True),
+    )
+    assert untitled("bone_lesion:mmar") == shipped
+
+
+@pytest.mark.parametrize("name", ["lung", "lung_soft_dice", "bone_lesion"])
+def test_fine_tuning_is_shorter_and_slower(name: str):
+    base, tuned = untitled(name), untitled(f"{name}:finetune")
+    assert tuned == dataclasses.replace(
+        base,
+        name=f"{name}:finetune",
+        optimizer=AdamSpec(kind="adam", lr=1e-5),
+        training=dataclasses.replace(base.training, epochs=500),
+    )
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_has_a_variant_that_a_cpu_can_train_on_made_data(name: str):
+    from ctseg.sources.catalogue import is_made
+
+    small = load_recipe(f"{name}:small")
+    assert is_made(small.data.manifest)
+    assert small.training.epochs <= 40
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_number_of_a_recipe_names_its_source(name: str):
+    """Each value, or the table it stands in, has a comment."""
+    lines = recipe_path(name).read_text().splitlines()
+    table_has_source, problems = False, []
+    for line in lines:
+        if line.startswith("["):
+            table_has_source = "#" in line or line.startswith(("[labels]", "[variants"))
+            if line.startswith("[variants.") and "#" not in line:
+                problems.append(line)
+        elif "=" in line and "#" not in line and not line.startswith(("name", "title", "source", "kind")):
+            problems += [] if table_has_source else [line]
+    assert problems == []
+
+
+def test_binarised_labels_need_one_structure():
+    problem = "recipe 'bone_lesion': preprocess.binarize_labels: needs exactly one structure, got 2; set it to false"
+    assert refusal("bone_lesion", "labels.2=other") == problem
+
+
+@pytest.mark.parametrize("limits", ["[2, 1]", "[1, 1]"])
+def test_borders_of_lesion_volumes_rise(limits: str):
+    assert "lesions.volume_limits_ml: every border must be above the one before it" in refusal(
+        "bone_lesion", f"lesions.volume_limits_ml={limits}"
+    )
+
+
+def test_lesions_can_be_scored_by_any_recipe():
+    recipe = load_recipe("spleen", ["lesions.volume_limits_ml=[]", "lesions.min_overlap=0.5"])
+    assert recipe.lesions == LesionSpec(volume_limits_ml=(), min_overlap=0.5)
+    assert load_recipe("spleen").lesions is None
 
 
 @pytest.mark.parametrize("name", ALL_NAMES)
@@ -183,7 +316,7 @@ def test_all_problems_of_file_and_overrides_at_once(tmp_path: Path):
         f"recipe '{path}': 6 problems",
         "  --set nonsense: expected section.key=value",
         "  extra: unknown key; known: name, title, source, labels, data, preprocess, network, sampling, augmentation, "
-        "objective, optimizer, schedule, training, inference",
+        "objective, optimizer, schedule, training, inference, lesions",
         "  preprocess.spacing: unknown key; did you mean 'spacing_mm'?",
         "  preprocess.spacing_mm: missing",
         "  preprocess.hu_window: expected 2 values, got [0]",
@@ -192,7 +325,7 @@ def test_all_problems_of_file_and_overrides_at_once(tmp_path: Path):
 
 
 def test_names_that_are_no_recipe(tmp_path: Path):
-    known = "no such recipe; known: spleen"
+    known = f"no such recipe; known: {', '.join(recipe_names())}"
     for name in ("splen", "splen:small", "none.toml", "none.toml:small", "", ":", str(tmp_path)):
         assert known in refusal(name)
     assert refusal("spleen:big") == "recipe 'spleen:big': no variant 'big'; known: v1, model_zoo, small"

@@ -1,5 +1,6 @@
 """Random patches: where they lie, how often, and that nothing depends on what was drawn before."""
 
+import itertools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -7,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from monai.transforms import Flip, Rotate90
 from monai.transforms.utils import correct_crop_centers
 from numpy.typing import NDArray
 
@@ -42,16 +44,16 @@ def lone_voxel(shape: tuple[int, int, int], voxel: tuple[int, int, int]) -> Case
 
 def test_spleen_has_the_iterations_of_its_card() -> None:
     training = load_recipe("spleen").training
-    batches = epoch_batches(31, training.batch_cases, training.seed, epoch=0)
+    batches = epoch_batches([1.0] * 31, training.batch_cases, training.seed, epoch=0)
     assert [len(batch) for batch in batches] == [4] * 7 + [3]
     assert len(batches) * training.epochs == 10_080
 
 
 def test_every_epoch_holds_every_case_once_in_its_own_order() -> None:
-    epochs = [[n for batch in epoch_batches(31, 4, 0, epoch) for n in batch] for epoch in range(20)]
+    epochs = [[n for batch in epoch_batches([1.0] * 31, 4, 0, epoch) for n in batch] for epoch in range(20)]
     assert all(sorted(order) == list(range(31)) for order in epochs)
     assert len({tuple(order) for order in epochs}) == 20
-    assert epoch_batches(31, 4, 0, 0) != epoch_batches(31, 4, 1, 0)
+    assert epoch_batches([1.0] * 31, 4, 0, 0) != epoch_batches([1.0] * 31, 4, 1, 0)
 
 
 def test_places_in_the_training_have_their_own_streams() -> None:
@@ -63,15 +65,51 @@ def test_places_in_the_training_have_their_own_streams() -> None:
 def test_a_draw_depends_on_its_place_alone() -> None:
     cases = [made_case(seed=n) for n in range(3)]
     augmentation = Augmentation(shift_offset=0.1, shift_probability=0.5)
-    alone = draw_step(cases, [2], SAMPLING, augmentation, seed=3, epoch=5)
+    first = draw_step(cases, [1, 0, 1], SAMPLING, augmentation, seed=3, place=(5, 2))
     np.random.seed(0)  # the global stream must not matter
     torch.manual_seed(0)
-    draw_step(cases, [0, 1], SAMPLING, augmentation, seed=3, epoch=4)
-    after_others = draw_step(cases, [1, 0, 2], SAMPLING, augmentation, seed=3, epoch=5)
-    assert after_others[-SAMPLING.patches_per_case :] == alone
-    assert [draw.case for draw in after_others] == [1] * 4 + [0] * 4 + [2] * 4
-    assert draw_step(cases, [2], SAMPLING, augmentation, seed=3, epoch=6) != alone
-    assert draw_step(cases, [2], SAMPLING, augmentation, seed=4, epoch=5) != alone
+    draw_step(cases, [0, 1], SAMPLING, augmentation, seed=3, place=(5, 1))
+    again = draw_step(cases, [1, 0, 1], SAMPLING, augmentation, seed=3, place=(5, 2))
+    assert again == first
+    assert [draw.case for draw in first] == [1] * 4 + [0] * 4 + [1] * 4
+    assert first[:4] != first[8:]  # a case that comes twice gives other patches
+    for seed, place in ((3, (6, 2)), (3, (5, 3)), (4, (5, 2))):
+        assert draw_step(cases, [1, 0, 1], SAMPLING, augmentation, seed, place) != first
+
+
+def test_cases_come_as_often_as_their_weights_say() -> None:
+    """Weights 1 : 3 : 4 over 500 epochs of three draws; tolerances of four binomial deviations."""
+    drawn = [n for epoch in range(500) for batch in epoch_batches([1.0, 3.0, 4.0], 2, 0, epoch) for n in batch]
+    assert len(drawn) == 1500
+    for case, share in enumerate((1 / 8, 3 / 8, 4 / 8)):
+        assert drawn.count(case) / 1500 == pytest.approx(share, abs=4 * np.sqrt(share * (1 - share) / 1500))
+
+
+def test_flips_and_quarter_turns_are_those_of_monai_and_of_numpy() -> None:
+    """Image and label go together; each axis flips by itself; turns are counted in the x-y plane."""
+    case, sampling = made_case(), replace(SAMPLING, patch_size=(6, 6, 4))
+    plain = Draw(0, (11, 3, 2))
+    for turns in range(4):
+        for flips in itertools.product((False, True), repeat=3):
+            draw = replace(plain, flips=flips, turns=turns)
+            image, label = cut_batch([case], [plain, draw], sampling, torch.device("cpu"))
+            for patches in (image, label):
+                expected = np.rot90(np.flip(patches[0, 0].numpy(), np.flatnonzero(flips)), turns, (0, 1))
+                np.testing.assert_array_equal(patches[1, 0].numpy(), expected)
+                turned = Rotate90(k=turns, spatial_axes=(0, 1))(Flip(np.flatnonzero(flips).tolist())(patches[0]))
+                np.testing.assert_array_equal(patches[1].numpy(), turned.numpy())
+
+
+def test_flips_and_turns_have_their_probabilities() -> None:
+    """2000 patches, tolerances of four binomial deviations; one, two and three quarter turns come equally often."""
+    augmentation = replace(NO_SHIFT, flip_probability=0.2, rotate90_probability=0.3)
+    sampling = replace(SAMPLING, patch_size=(6, 6, 4), patches_per_case=100)
+    draws = [d for epoch in range(20) for d in draw_step([made_case()], [0], sampling, augmentation, 0, (epoch, 0))]
+    for axis in range(3):
+        assert np.mean([d.flips[axis] for d in draws]) == pytest.approx(0.2, abs=4 * np.sqrt(0.16 / 2000))
+    for turns, share in ((0, 0.7), (1, 0.1), (2, 0.1), (3, 0.1)):
+        assert np.mean([d.turns == turns for d in draws]) == pytest.approx(share, abs=4 * np.sqrt(share * 0.9 / 2000))
+    assert not any(any(d.flips) or d.turns for d in draw_step([made_case()], [0], sampling, NO_SHIFT, 0, (0, 0)))
 
 
 def centre_of(start: tuple[int, int, int]) -> tuple[int, ...]:
@@ -157,7 +195,7 @@ def test_shift_has_its_probability_and_stays_within_its_offset() -> None:
     augmentation = Augmentation(shift_offset=0.2, shift_probability=0.3)
     case, sampling = made_case(), replace(SAMPLING, patches_per_case=100)
     shifts = np.array(
-        [d.shift for epoch in range(40) for d in draw_step([case], [0], sampling, augmentation, 0, epoch)]
+        [d.shift for epoch in range(40) for d in draw_step([case], [0], sampling, augmentation, 0, (epoch, 0))]
     )
     shifted = shifts[shifts != 0]
     assert len(shifted) / 4000 == pytest.approx(0.3, abs=4 * np.sqrt(0.3 * 0.7 / 4000))
@@ -171,7 +209,7 @@ def test_positions_do_not_depend_on_the_shift_options() -> None:
     """Changing the size of the shift alone keeps every patch where it was."""
     case = made_case()
     small, large = (
-        draw_step([case], [0], SAMPLING, Augmentation(shift_offset=offset, shift_probability=1.0), 0, 0)
+        draw_step([case], [0], SAMPLING, Augmentation(shift_offset=offset, shift_probability=1.0), 0, (0, 0))
         for offset in (0.1, 0.2)
     )
     assert [d.start for d in small] == [d.start for d in large]

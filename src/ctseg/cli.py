@@ -7,27 +7,40 @@ are answered at once.
 from __future__ import annotations
 
 import io
+import os
+import signal
 import sys
+import threading
 from typing import Annotated
 
 import typer
 
 import ctseg
+from ctseg import slurm
 from ctseg.commands.demo import demo
 from ctseg.commands.doctor import doctor
 from ctseg.commands.export import export
+from ctseg.commands.finetune import finetune
+from ctseg.commands.import_bundle import import_bundle_command
+from ctseg.commands.import_mmar import import_mmar_command
 from ctseg.commands.infer import infer
 from ctseg.commands.prepare_dataset import prepare_dataset
 from ctseg.commands.recipes import recipes
+from ctseg.commands.slurm import ARGUMENTS_OF_ANOTHER
+from ctseg.commands.slurm import slurm as slurm_command
 from ctseg.commands.train import train
 from ctseg.commands.validate import validate
-from ctseg.errors import CtsegError
+from ctseg.errors import CtsegError, Stopped
 from ctseg.progress import printable
 
 EPILOG = (
-    "Exit codes: 0 done, 1 some cases failed (or a demo that learned nothing), 2 wrong use or bad input, "
-    "75 stopped by a signal and resumable, 130 interrupted. Research use only, not for diagnosis."
+    "Exit codes: 0 done, 1 some cases failed (or a demo learned nothing, or another process of the run ended), "
+    "2 wrong use or bad input, 75 stopped by a signal and resumable, 130 interrupted. Research use only, not for "
+    "diagnosis."
 )
+
+SEVERAL_PROCESSES = ("train", "finetune", "infer", "doctor", "recipes", "slurm")
+"""Commands that share their work out, or change nothing, when srun or torchrun starts them several times."""
 
 INTERRUPTED = 130
 """As in shells: 128 + SIGINT; typer returns it too."""
@@ -40,8 +53,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-for command in (recipes, prepare_dataset, train, validate, infer, export, doctor, demo):
+for command in (recipes, prepare_dataset, train, finetune, validate, infer, export, doctor, demo):
     app.command()(command)
+app.command("import-mmar")(import_mmar_command)
+app.command("import-bundle")(import_bundle_command)
+app.command("slurm", context_settings=ARGUMENTS_OF_ANOTHER)(slurm_command)
 
 
 def _print_version(wanted: bool) -> None:
@@ -60,10 +76,17 @@ def root(
     """CT segmentation from the shell: train, validate, apply and export 3D networks."""
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
+    elif context.invoked_subcommand not in SEVERAL_PROCESSES and (processes := slurm.num_processes(os.environ)) > 1:
+        raise CtsegError(
+            f"started as {processes} processes, which would all do the same; `ctseg {context.invoked_subcommand}` is "
+            f"one process: start one (srun --ntasks=1)"
+        )
 
 
 def main() -> None:
     """Runs the command line and exits with its documented code; a bug keeps its traceback."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGUSR1, _stop)  # a batch job's last minutes may begin while PyTorch is being imported
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be text; stderr does so by itself
     try:
@@ -77,6 +100,10 @@ def main() -> None:
     if code == INTERRUPTED:
         _fail("interrupted", code)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _stop(*_: object) -> None:
+    raise Stopped("stopped by SIGUSR1 before there was anything to save; the same command starts again")
 
 
 def _fail(message: str, code: int) -> None:

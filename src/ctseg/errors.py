@@ -8,6 +8,7 @@
     |- DeviceError                the machine lacks what was asked for
     |- OutputError                a result cannot be written (disk full, read-only)
     |- NotEnoughMemory            a case does not fit the device's memory
+    |- PeerLost                   exit 1: another process of the same run has ended
     |- LearningError              exit 1: a pipeline ran but missed its own target
     |- CasesFailed                exit 1: some cases failed, the rest are done
     `- Stopped                    exit 75: stopped by a signal, resumable
@@ -48,6 +49,12 @@ class OutputError(CtsegError):
 
 class NotEnoughMemory(CtsegError):
     """A case does not fit the memory of the device."""
+
+
+class PeerLost(CtsegError):
+    """Another process of the same run has ended, or was never met; it tells why."""
+
+    exit_code = 1
 
 
 class LearningError(CtsegError):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ctseg import slurm
 from ctseg.errors import CtsegError
 from ctseg.manifest import IMAGE_SUFFIXES, image_stem, read_manifest
 
@@ -20,6 +23,53 @@ class Job:
 
     image: Path
     mask: Path
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One of several parts, of which each CT is in exactly one."""
+
+    index: int = 0
+    count: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.index + 1}/{self.count}"
+
+    @property
+    def failures(self) -> str:
+        """The name of the list of CTs that failed: each part its own, so that none overwrites another's."""
+        return FAILURES if self.count == 1 else f"failures-{self.index + 1}-of-{self.count}.csv"
+
+    def take(self, jobs: Sequence[Job]) -> list[Job]:
+        """Every `count`-th job: CTs of one folder, often alike in size, are spread over all parts."""
+        return list(jobs[self.index :: self.count])
+
+    def divided(self, index: int, count: int) -> Shard:
+        """A part of this part."""
+        return Shard(self.index + self.count * index, self.count * count)
+
+
+def choose_shard(text: str | None, environ: Mapping[str, str]) -> Shard:
+    """The part of the CTs that `--shard` and the surroundings mean.
+
+    Args:
+        text: "I/N", the I-th of N parts, from 1; "auto", this task's part of its Slurm job array; None, all.
+        environ: What srun or torchrun has set: processes that were started together deal the part out among them.
+
+    Raises:
+        CtsegError: if `text` is neither, or several processes would do the same CTs.
+    """
+    processes, process = slurm.num_processes(environ), slurm.process_index(environ)
+    if text is None and processes > 1:
+        raise CtsegError(
+            f"started as {processes} processes, which would all do the same CTs; add --shard 1/1 to deal them out"
+        )
+    if text == "auto":
+        return Shard(*(slurm.array_part(environ) or (0, 1))).divided(process, processes)
+    match = re.fullmatch(r"(\d+)/(\d+)", "1/1" if text is None else text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise CtsegError(f"--shard {text}: expected auto or I/N with I from 1 to N, such as 3/8")
+    return Shard(int(match[1]) - 1, int(match[2])).divided(process, processes)
 
 
 def find_jobs(inputs: list[Path], output: Path) -> list[Job]:

@@ -1,13 +1,16 @@
 """Data lists: which cases exist, where their files are, and which split each belongs to.
 
 The grammar is the one of the Medical Segmentation Decathlon and MONAI: a JSON object whose `training`, `validation`
-and `testing` keys hold `{"image": ..., "label": ...}` entries and whose `test` key holds images without labels. A bare
+and `testing` keys hold `{"image": ..., "label": ...}` entries and whose `test` key holds images without labels. An
+entry of `training` may have a `weight`, see `Case`. A bare
 JSON list of paths, or a text file with one path a line, is a manifest too: all its images are in split `test`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -32,6 +35,8 @@ class Case:
     split: str
     image: Path
     label: Path | None
+    weight: float = 1.0
+    """How often training draws the case, in relation to the others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +139,13 @@ def find_manifest(name: str, data: Path | None) -> Manifest:
     if name.endswith((".json", ".txt")):
         return check_files(read_manifest(Path(name), data))
     path = shipped_manifest(name)
-    folder = str(_read_data(path).get("folder", name))
+    content = _read_data(path)
+    if not any(split in content for split in SPLITS):  # a template: it says what the original data was
+        raise ManifestError(
+            f"data set '{name}': the original data is not public, so ctseg has no list of it; give your own list with "
+            f"--manifest FILE (its grammar stands in docs/recipes/{name}.md)"
+        )
+    folder = str(content.get("folder", name))
     base = data if data is not None else data_folder()
     root = base / folder if (base / folder).is_dir() else base
     manifest = read_manifest(path, root)
@@ -211,7 +222,11 @@ def _read_entry(where: str, split: str, entry: Any, root: Path, problems: list[s
     if not name.strip("."):
         problems.append(f"{where}: an image needs a name before its suffix, got '{entry['image']}'")
         return None
-    return Case(name=name, split=split, image=image, label=label_path)
+    weight = entry.get("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+        problems.append(f"{where}.weight: expected a number above 0, got {weight!r:.80}")
+        return None
+    return Case(name=name, split=split, image=image, label=label_path, weight=float(weight))
 
 
 def _with_unique_names(cases: list[Case], root: Path) -> list[Case]:
@@ -224,7 +239,7 @@ def _with_unique_names(cases: list[Case], root: Path) -> list[Case]:
         inside = case.image.relative_to(root) if case.image.is_relative_to(root) else case.image
         parts = [*inside.parent.parts, case.name]
         name = "_".join(part for part in parts if part != inside.anchor)
-        return Case(name=name, split=case.split, image=case.image, label=case.label)
+        return dataclasses.replace(case, name=name)
 
     return [rename(case) for case in cases]
 

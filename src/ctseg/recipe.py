@@ -22,6 +22,7 @@ from ctseg.specs import (
     DiceCESpec,
     DiceSpec,
     Inference,
+    LesionSpec,
     NetworkSpec,
     OptimizerSpec,
     Preprocess,
@@ -58,6 +59,8 @@ class Recipe:
     schedule: ScheduleSpec
     training: Training
     inference: Inference
+    lesions: LesionSpec | None = None
+    """Where given, `validate` also scores every lesion."""
 
     def check(self) -> Iterator[str]:
         """Problems beyond those of single values, as "key: text"."""
@@ -69,6 +72,8 @@ class Recipe:
             yield f"labels: every structure must have its own name, got {', '.join(self.labels.values())}"
         if len(self.labels) > 255:
             yield f"labels: at most 255 fit a uint8 mask, got {len(self.labels)}"
+        if self.preprocess.binarize_labels and len(self.labels) != 1:
+            yield f"preprocess.binarize_labels: needs exactly one structure, got {len(self.labels)}; set it to false"
         multiple = self.network.size_multiple
         for key, size in (
             ("sampling.patch_size", self.sampling.patch_size),
@@ -132,7 +137,6 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
     path = recipe_path(name)
     data = _read_json(path) if path.suffix == ".json" else _read_toml(path)
     variants = data.pop("variants", {})
-    problems: list[str] = []
     if ":" in name and not Path(name).is_file():
         variant = name.rpartition(":")[2]
         known = variants if isinstance(variants, Mapping) else {}
@@ -140,21 +144,18 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
             raise RecipeError(f"recipe '{name}': no variant '{variant}'; known: {', '.join(known) or 'none'}")
         data = _merge(data, known[variant])
         data["name"] = f"{data.get('name')}:{variant}"
-    for override in overrides or []:
-        data = _merge(data, _parse_override(override, problems))
-    return _finish(data, f"recipe '{name}'", problems)
+    return recipe_from_dict(data, f"recipe '{name}'", overrides)
 
 
-def recipe_from_dict(data: Any, subject: str) -> Recipe:
-    """The recipe that a checkpoint or an export carries.
+def recipe_from_dict(data: Any, subject: str, overrides: list[str] | None = None) -> Recipe:
+    """The recipe in plain data, as a checkpoint or an export carries it, with `section.key=value` overrides applied.
 
     Raises:
         RecipeError: naming every problem at once, after `subject`.
     """
-    return _finish(data, subject, [])
-
-
-def _finish(data: Any, subject: str, problems: list[str]) -> Recipe:
+    problems: list[str] = []
+    for override in overrides or []:
+        data = _merge(data, _parse_override(override, problems))
     recipe = read_dataclass(Recipe, data, "", problems)
     if recipe is None or problems:
         raise RecipeError(list_problems(subject, problems))

@@ -32,6 +32,7 @@ class CaseArrays:
         label_XYZ: uint8, likewise.
         host_image, host_label: The same as NumPy arrays (memory-mapped), for drawing positions.
         foreground: int32 flat indices (C order) of voxels with a label above 0.
+        weight: How often the case is drawn, in relation to the others.
     """
 
     name: str
@@ -40,15 +41,23 @@ class CaseArrays:
     host_image: NDArray[np.float16]
     host_label: NDArray[np.uint8]
     foreground: NDArray[np.int32]
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
 class Draw:
-    """One patch of a step: which case, where, and how its intensity is shifted."""
+    """One patch of a step: which case, where, how its intensity is shifted and how it is turned.
+
+    Attributes:
+        flips: Which of x, y, z are mirrored.
+        turns: Quarter turns in the x-y plane, after the flips.
+    """
 
     case: int
     start: Start
-    shift: float
+    shift: float = 0.0
+    flips: tuple[bool, bool, bool] = (False, False, False)
+    turns: int = 0
 
 
 def generator(seed: int, purpose: int, *position: int) -> np.random.Generator:
@@ -56,25 +65,50 @@ def generator(seed: int, purpose: int, *position: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence([seed, purpose, *position]))
 
 
-def epoch_batches(num_cases: int, batch_cases: int, seed: int, epoch: int) -> list[list[int]]:
-    """The epoch's steps, each a list of case indices: all cases once in random order; the last step may be smaller."""
-    order = generator(seed, ORDER, epoch).permutation(num_cases).tolist()
-    return [order[n : n + batch_cases] for n in range(0, num_cases, batch_cases)]
+def epoch_batches(weights: list[float], batch_cases: int, seed: int, epoch: int) -> list[list[int]]:
+    """The epoch's steps, each a list of case indices; the last step may be smaller.
+
+    Cases of equal weight all come once, in random order. Otherwise as many cases as there are come, each drawn anew
+    with a probability proportional to its weight.
+    """
+    rng, number = generator(seed, ORDER, epoch), len(weights)
+    if len(set(weights)) == 1:
+        order = rng.permutation(number).tolist()
+    else:
+        order = rng.choice(number, size=number, p=np.asarray(weights) / np.sum(weights)).tolist()
+    return [order[n : n + batch_cases] for n in range(0, number, batch_cases)]
 
 
 def draw_step(
-    cases: list[CaseArrays], batch: list[int], sampling: Sampling, augmentation: Augmentation, seed: int, epoch: int
+    cases: list[CaseArrays],
+    batch: list[int],
+    sampling: Sampling,
+    augmentation: Augmentation,
+    seed: int,
+    place: tuple[int, int],
 ) -> list[Draw]:
-    """All patches of one step: `patches_per_case` from each case of `batch`, in order."""
+    """All patches of one step, `place` = (epoch, step): `patches_per_case` from each case of `batch`, in order."""
     draws = []
-    for index in batch:
-        rng = generator(seed, PATCHES, epoch, index)
-        for _ in range(sampling.patches_per_case):
-            start = draw_start(cases[index], sampling, rng)
-            shifted = rng.random() < augmentation.shift_probability
-            shift = rng.uniform(-augmentation.shift_offset, augmentation.shift_offset) if shifted else 0.0
-            draws.append(Draw(index, start, float(shift)))
+    for n, index in enumerate(batch):
+        rng = generator(seed, PATCHES, *place, n)
+        draws += [_draw(index, cases[index], sampling, augmentation, rng) for _ in range(sampling.patches_per_case)]
     return draws
+
+
+def _draw(
+    index: int, case: CaseArrays, sampling: Sampling, augmentation: Augmentation, rng: np.random.Generator
+) -> Draw:
+    start = draw_start(case, sampling, rng)
+    shifted, turned, *flipped = rng.random(5)
+    offset, turns = rng.uniform(-augmentation.shift_offset, augmentation.shift_offset), int(rng.integers(1, 4))
+    flip_x, flip_y, flip_z = (bool(value < augmentation.flip_probability) for value in flipped)
+    return Draw(
+        case=index,
+        start=start,
+        shift=float(offset) if shifted < augmentation.shift_probability else 0.0,
+        flips=(flip_x, flip_y, flip_z),
+        turns=turns if turned < augmentation.rotate90_probability else 0,
+    )
 
 
 def draw_start(case: CaseArrays, sampling: Sampling, rng: np.random.Generator) -> Start:
@@ -105,16 +139,30 @@ def _background_voxel(case: CaseArrays, rng: np.random.Generator, tries: int = 6
 def cut_batch(
     cases: list[CaseArrays], draws: list[Draw], sampling: Sampling, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """The patches of `draws`: image_B1XYZ float32 with shifts applied, label_B1XYZ uint8, on `device`.
+    """The patches of `draws`: image_B1XYZ float32, label_B1XYZ uint8, augmented, on `device`.
 
     A case smaller than the patch is padded with zeros on both sides.
     """
-    images = [cut_patch(cases[d.case].image_XYZ, d.start, sampling.patch_size) for d in draws]
-    labels = [cut_patch(cases[d.case].label_XYZ, d.start, sampling.patch_size) for d in draws]
-    shifts = torch.tensor([d.shift for d in draws], dtype=torch.float32).view(-1, 1, 1, 1, 1)
-    image_B1XYZ = torch.stack(images).unsqueeze(1).to(device, non_blocking=True).float()
-    image_B1XYZ += shifts.to(device, non_blocking=True)
-    return image_B1XYZ, torch.stack(labels).unsqueeze(1).to(device, non_blocking=True)
+    home = cases[draws[0].case].image_XYZ.device
+    travels = home != device  # as float16, from memory that the GPU can read by itself
+    shape = (len(draws), 1, *sampling.patch_size)
+    image = torch.empty(shape, dtype=torch.float16 if travels else torch.float32, device=home, pin_memory=travels)
+    label = torch.empty(shape, dtype=torch.uint8, device=home, pin_memory=travels)
+    for n, draw in enumerate(draws):
+        case = cases[draw.case]
+        image[n, 0].copy_(_turn(cut_patch(case.image_XYZ, draw.start, sampling.patch_size), draw))
+        label[n, 0].copy_(_turn(cut_patch(case.label_XYZ, draw.start, sampling.patch_size), draw))
+    image_B1XYZ = image.to(device, non_blocking=True).float()
+    for n, draw in enumerate(draws):
+        if draw.shift:
+            image_B1XYZ[n] += draw.shift
+    return image_B1XYZ, label.to(device, non_blocking=True)
+
+
+def _turn(patch_XYZ: Tensor, draw: Draw) -> Tensor:
+    axes = [axis for axis, flipped in enumerate(draw.flips) if flipped]
+    flipped = patch_XYZ.flip(axes) if axes else patch_XYZ
+    return flipped.rot90(draw.turns, (0, 1)) if draw.turns else flipped
 
 
 def cut_patch(values_XYZ: Tensor, start: Start, size: tuple[int, int, int]) -> Tensor:

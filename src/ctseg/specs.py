@@ -37,6 +37,8 @@ class Preprocess:
     """HU mapped to 0 and 1; outside is clipped."""
     crop_foreground: bool
     """Training cases are cropped to the box of voxels above 0 after windowing."""
+    binarize_labels: bool = False
+    """Every label value above 0 counts as 1; only for recipes with one structure."""
 
     def check(self) -> Iterator[str]:
         """Problems beyond those of single values, as "key: text"."""
@@ -220,6 +222,8 @@ class Training:
     """Exponential moving average of the weights; it is what is validated and kept as the best model."""
     early_stop_epochs: Count | None = None
     """Training ends when validation Dice has not risen for so many epochs."""
+    freeze: tuple[str, ...] = ()
+    """Weights whose names start so are not trained; for fine-tuning."""
     deterministic: bool = False
     """Only deterministic kernels on CUDA, at a cost in speed; a CPU is always deterministic."""
 
@@ -232,3 +236,19 @@ class Inference:
     overlap: Annotated[float, Range(at_least=0, below=1)]
     batch_windows: Count
     """Windows per network call on a GPU. On a CPU windows go one by one: more cost memory and gain nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LesionSpec:
+    """Scores of `validate` for each lesion, a 26-connected component of the label; see `lesions.py`."""
+
+    volume_limits_ml: tuple[Positive, ...]
+    """Borders of the volume classes, rising: [1, 10] makes three classes, a border belongs to the upper one."""
+    min_overlap: Annotated[float, Range(above=0, at_most=1)]
+    """A lesion is found when the mask covers at least this share of its voxels."""
+
+    def check(self) -> Iterator[str]:
+        """Problems beyond those of single values, as "key: text"."""
+        limits = self.volume_limits_ml
+        if list(limits) != sorted(set(limits)):
+            yield f"volume_limits_ml: every border must be above the one before it, got {list(limits)}"

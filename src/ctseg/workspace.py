@@ -20,16 +20,19 @@ RUNS = Path("runs")
 PREPARED = Path("prepared")
 RECIPE_FILE, DATA_FILE = "recipe.json", "data.json"
 CHECKPOINTS = ("best.pt", "last.pt")
+START_REPORT = "start.json"
+"""In a fine-tuned run: where its first weights came from, and which of them."""
 MODEL_SUFFIXES = (".pt", ".ts", ".onnx")
 EXPORT_SUFFIXES = {"torchscript": ".ts", "onnx": ".onnx"}
 
 
-def new_run(recipe: Recipe) -> Path:
-    """The first free `runs/RECIPE-NNN`; not created yet."""
+def new_run(recipe: Recipe, suffix: str = "") -> Path:
+    """The first free `runs/RECIPE-NNN` (with a suffix `runs/RECIPE-SUFFIX-NNN`); not created yet."""
+    stem = f"{recipe.slug}-{suffix}" if suffix else recipe.slug
     number = 1
-    while (RUNS / f"{recipe.slug}-{number:03d}").exists():
+    while (RUNS / f"{stem}-{number:03d}").exists():
         number += 1
-    return RUNS / f"{recipe.slug}-{number:03d}"
+    return RUNS / f"{stem}-{number:03d}"
 
 
 def run_recipe(run: Path) -> Recipe:
@@ -83,6 +86,17 @@ def start_run(run: Path, recipe: Recipe, manifest: Manifest, precision: str = "a
         os.close(folder)
 
 
+def replace_recipe(run: Path, recipe: Recipe) -> None:
+    """Lets the run go on with another recipe; the old one is kept as `recipe-before-NNN.json`."""
+    number = 1
+    while (run / f"recipe-before-{number:03d}.json").exists():
+        number += 1
+    old = run_recipe(run)
+    if old != recipe:
+        write_json(run / f"recipe-before-{number:03d}.json", old.to_dict())
+        write_json(run / RECIPE_FILE, recipe.to_dict())
+
+
 def run_precision(run: Path) -> str:
     """The precision a run was started with, or "auto" if it does not say."""
     try:
@@ -94,9 +108,10 @@ def run_precision(run: Path) -> str:
 def manifest_to_dict(manifest: Manifest) -> dict[str, Any]:
     """The manifest as plain data that `read_manifest` reads back, with absolute paths."""
 
-    def entry(case: Case) -> dict[str, str]:
+    def entry(case: Case) -> dict[str, Any]:
         label = {} if case.label is None else {"label": str(case.label.absolute())}
-        return {"image": str(case.image.absolute()), **label}
+        weight = {} if case.weight == 1 else {"weight": case.weight}
+        return {"image": str(case.image.absolute()), **label, **weight}
 
     splits = {s: [entry(c) for c in manifest.cases if c.split == s] for s in SPLITS}
     about = {"name": manifest.name, "licence": manifest.licence, "source": manifest.source, "labels": manifest.labels}

@@ -1,6 +1,8 @@
 """Help and every wrong use are answered at once: before torch, MONAI or SimpleITK are imported."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +17,20 @@ from ctseg.manifest import read_manifest
 from ctseg.recipe import load_recipe
 from ctseg.workspace import start_run
 
-COMMANDS = ("recipes", "prepare-dataset", "train", "validate", "infer", "export", "doctor", "demo")
+COMMANDS = (
+    "recipes",
+    "prepare-dataset",
+    "train",
+    "validate",
+    "infer",
+    "slurm",
+    "export",
+    "doctor",
+    "demo",
+    "finetune",
+    "import-mmar",
+    "import-bundle",
+)
 
 
 class Answer(NamedTuple):
@@ -63,7 +78,7 @@ WRONG = {
     "train spleen --precision half": "Invalid value for '--precision'",
     "train spleen --data nowhere": "data set 'msd_spleen': no image found below 'nowhere/Task09_Spleen'; fetch it from",
     "train spleen --manifest none.json": "manifest 'none.json': cannot be read: [Errno 2] No such file",
-    "train spleen --manifest nope": "manifest 'nope': not shipped with ctseg; known: msd_spleen, or name a file",
+    "train spleen --manifest nope": "manifest 'nope': not shipped with ctseg; known: ",
     "train spleen --manifest missing.json": "manifest 'missing': file not found: gone.nii.gz",
     "train spleen --manifest test.json": "manifest 'test': split 'training' has no cases; it has test 1",
     "train spleen --output runs/spleen-001": "'runs/spleen-001' already holds a run; continue it with --resume",
@@ -93,12 +108,22 @@ WRONG = {
     "infer ct.nii.gz --output masks --model none.pt": "model 'none.pt': no such file or folder",
     "infer ct.nii.gz --output masks --model empty": "model 'empty': not a run folder, it has no recipe.json",
     "infer ct.nii.gz --output masks --device gpu0": "Invalid value for '--device': expected auto, cpu, cuda or",
+    "infer ct.nii.gz --output masks --shard 3/2": "--shard 3/2: expected auto or I/N with I from 1 to N",
     "train spleen --prepared ct.nii.gz": "--prepared ct.nii.gz: must be a folder, got a file",
     "export --format tflite": "Invalid value for '--format'",
     "export --model none.pt": "model 'none.pt': no such file or folder",
     "export --model model.ts": "model 'model.ts': already exported",
     "export --format onnx --output model.ts": "--output model.ts: a onnx file must end in .onnx",
     "export --output file/model.ts": "cannot write 'file': File exists",
+    "export --format bundle --output empty": "--output empty: exists; a bundle is a folder of its own",
+    "finetune spleen": "--from: missing; name a run, a checkpoint, an MMAR, a bundle or a .pt file, or use --resume",
+    "finetune spleen --from none.pt": "--from: model 'none.pt': no such file or folder",
+    "finetune spleen --from empty": "--from: model 'empty': not a run folder, it has no recipe.json; nor has it",
+    "finetune spleen --from model.ts": "--from model.ts: an exported model cannot be trained",
+    "finetune spleen --resume --new-head": "--resume: goes on with the weights of the run",
+    "finetune spleen --from runs/spleen-001 --data nowhere": "data set 'msd_spleen': no image found below 'nowhere/",
+    "import-mmar empty --output new": "'empty' is not an MMAR: it has no config/config_train.json",
+    "import-bundle empty --output new": "'empty' is not a MONAI bundle that can be read",
     "recipes splen": "recipe 'splen': no such recipe",
     "recipes spleen --set training.epochs=x": "recipe 'spleen': training.epochs: expected int, got 'x'",
     "recipes --set training.epochs=3": "--copy and --set need the NAME of a recipe",
@@ -198,6 +223,35 @@ def test_more_gpus_than_there_are(here: Path, run_cli: Callable[..., Any], monke
         result = run_cli(here, "train", "spleen", "--gpus", "2", *source)
         expected = "ctseg: --gpus 2: 0 CUDA GPU(s) here; use fewer, or --device cpu\n"
         assert (result.code, result.out, result.err) == (2, "", expected)
+
+
+@pytest.mark.parametrize("line", ["validate --split testing", "export --format onnx", "prepare-dataset spleen", "demo"])
+def test_what_is_one_process_does_not_run_many_times(
+    here: Path, run_cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, line: str
+):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    assert "started as" not in run_cli(here, "recipes").err
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    result = run_cli(here, *line.split())
+    expected = f"started as 4 processes, which would all do the same; `ctseg {line.split()[0]}` is one process: start"
+    assert (result.code, result.out) == (2, "")
+    assert result.message.startswith(expected)
+    assert run_cli(here, "recipes").code == 0
+
+
+def test_a_signal_before_there_is_anything_to_save(
+    here: Path, run_cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+):
+    """A batch job's last minutes may begin while PyTorch is being imported."""
+    monkeypatch.setattr("ctseg.commands.recipes._list", lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
+    before = signal.getsignal(signal.SIGUSR1)
+    try:
+        result = run_cli(here, "recipes")
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert (result.code, result.message) == (
+        75, "stopped by SIGUSR1 before there was anything to save; the same command starts again",
+    )  # fmt: skip
 
 
 def test_control_characters_of_a_name_do_not_reach_the_terminal(here: Path, run_cli: Callable[..., Any]):

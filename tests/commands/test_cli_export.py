@@ -34,6 +34,18 @@ def test_exported_model_gives_the_same_mask(
     assert len(np.unique(eager)) == 2, "a mask of one value would agree with anything"
 
 
+def test_a_bundle_is_a_folder_beside_the_model(cli: Callable[..., Any], tiny_model: Path, tmp_path: Path):
+    shutil.copytree(tiny_model.parent, tmp_path / "runs" / "r")
+    result = cli("export", "--format", "bundle", "--json")
+    assert (result.code, result.err) == (0, "")
+    report = json.loads(result.out)
+    assert (report["path"], report["format"], report["largest_difference"]) == ("runs/r/bundle", "bundle", 0.0)
+    assert (tmp_path / "runs/r/bundle/configs/inference.json").is_file()
+    again = cli("export", "--format", "bundle")
+    assert again.code == 2
+    assert again.message.startswith("--output runs/r/bundle: exists; a bundle is a folder of its own")
+
+
 def test_report_for_people_and_a_folder_of_ones_own(cli: Callable[..., Any], tiny_model: Path, tmp_path: Path):
     result = cli("export", "--model", tiny_model, "--output", "new/spleen.ts")
     assert result.code == 0

@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -250,6 +251,64 @@ def test_masks_stay_below_the_output_folder(run_cli: Callable[..., Any], cts: Pa
     run_cli(work, "infer", "../ct.nii", "ct.nii", "--output", "masks", "--model", tiny_model)
     assert files_below(work) == ["ct.nii", "masks/ct_seg.nii", "masks/ctseg_model.json", "masks/work/ct_seg.nii"]
     assert files_below(tmp_path)[:1] == ["ct.nii"]
+
+
+def test_shards_do_each_ct_once(cli: Callable[..., Any], cts: Path, tiny_model: Path, tmp_path: Path):
+    """And list their failures apart: the bad CT is in one part, and the other parts do not forget it."""
+    (cts / "bad.nii").write_bytes(b"")
+    call = ("infer", "cts", "--output", "masks", "--model", tiny_model, "--json", "--shard")
+    answers = [cli(*call, f"{part}/6") for part in (1, 2, 3, 4, 5, 6)]
+    images = [o["image"] for answer in answers for o in json.loads(answer.out)]
+    assert sorted(images) == sorted(f"cts/{path.name}" for path in cts.iterdir())
+    assert sorted(answer.code for answer in answers) == [0, 0, 0, 0, 0, 1]
+    (failures,) = (tmp_path / "masks").glob("failures*")
+    assert failures.name == f"failures-{[a.code for a in answers].index(1) + 1}-of-6.csv"
+    assert [len(json.loads(answer.out)) for answer in answers].count(0) == 1
+    assert "part 6/6 of the CTs" in answers[5].err
+
+
+def test_a_part_without_a_ct(cli: Callable[..., Any], cts: Path, tiny_model: Path):
+    result = cli("infer", "cts", "--output", "masks", "--model", tiny_model, "--shard", "5/5")
+    assert (result.code, result.out) == (0, f"model {tiny_model}\n\nno CT in this part\n")
+
+
+def test_shards_replace_no_other_models_masks(
+    cli: Callable[..., Any], cts: Path, tiny_model: Path, other_model: Path, tmp_path: Path
+):
+    """What one takes for old masks could be another one's new ones."""
+    call = ("infer", "cts", "--output", "masks", "--shard", "1/2", "--overwrite", "--model")
+    assert cli(*call, tiny_model).code == 0
+    assert {o["status"] for o in json.loads(cli(*call, tiny_model, "--json").out)} == {"done"}
+    result = cli(*call, other_model)
+    assert result.code == 2
+    assert "choose another --output, or --overwrite (without --shard) to replace them" in result.message
+
+
+def test_stopped_by_a_signal_and_done_by_the_same_command(
+    cli: Callable[..., Any], cts: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    from ctseg.engine import infer as engine
+
+    real = engine.predict
+
+    def signalled(model: Any, volume: Any, on_window: Any) -> Any:
+        mask = real(model, volume, on_window)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return mask
+
+    monkeypatch.setattr(engine, "predict", signalled)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
+    call = ("infer", "cts", "--output", "masks", "--model", tiny_model)
+    try:
+        result = cli(*call)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert (result.code, result.out) == (75, "")
+    assert result.message == "stopped by a signal after 1 of 4 CTs; the same command goes on"
+    assert len(list((tmp_path / "masks").glob("*_seg.*"))) == 1
+    monkeypatch.setattr(engine, "predict", real)
+    assert sorted(o["status"] for o in json.loads(cli(*call, "--json").out)) == ["done", "done", "done", "skipped"]
 
 
 def test_lists(cli: Callable[..., Any], cts: Path, tiny_model: Path, tmp_path: Path):

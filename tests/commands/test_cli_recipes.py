@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from ctseg.recipe import load_recipe, recipe_names, recipe_path, variant_names
 
 
@@ -23,15 +25,26 @@ def test_card_shows_every_value_with_its_override(cli: Callable[..., Any]):
     assert lines["training.epochs"] == "77"
     assert lines["preprocess.spacing_mm"] == "[1.5, 1.5, 2.0]"
     assert lines["labels.1"] == "spleen"
-    assert len(lines) == 3 + sum(
-        len(part) for part in load_recipe("spleen").to_dict().values() if isinstance(part, dict)
-    )
+    assert lines["lesions"] == "off"
+    sections = [part for part in load_recipe("spleen").to_dict().values() if isinstance(part, dict)]
+    assert len(lines) == 3 + sum(map(len, sections)) + 1
 
 
-def test_json_has_the_recipe_and_its_parameters(cli: Callable[..., Any]):
-    answer = json.loads(cli("recipes", "spleen", "--json", "--set", "optimizer.lr=1").out)
-    assert answer.pop("parameters") == 4_808_917
-    assert answer == load_recipe("spleen", ["optimizer.lr=1"]).to_dict()
+def test_card_shows_an_optional_section(cli: Callable[..., Any]):
+    lines = dict(line.split(maxsplit=1) for line in cli("recipes", "bone_lesion").out.splitlines() if line.strip())
+    assert lines["lesions.volume_limits_ml"] == "[0.5, 2.0, 10.0]"
+    assert lines["lesions.min_overlap"] == "0.1"
+    assert lines["preprocess.binarize_labels"] == "True"
+    assert "lesions" not in lines
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("spleen", 4_808_917), ("lung", 27_086_072), ("bone_lesion", 18_796_002)]
+)
+def test_json_has_the_recipe_and_its_parameters(cli: Callable[..., Any], name: str, parameters: int):
+    answer = json.loads(cli("recipes", name, "--json", "--set", "optimizer.lr=1").out)
+    assert answer.pop("parameters") == parameters
+    assert answer == json.loads(json.dumps(load_recipe(name, ["optimizer.lr=1"]).to_dict()))
 
 
 def test_copy_can_be_named_as_the_message_says(cli: Callable[..., Any], tmp_path: Path):

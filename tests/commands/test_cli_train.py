@@ -82,7 +82,9 @@ def test_resume_of_a_finished_run_changes_nothing(
     before = {name: (run / name).read_bytes() for name in ("log.csv", "best.pt", "recipe.json", "data.json")}
     again = run_cli(folder, "train", "spleen:small", *options, "--resume", "--json", "--quiet")
     assert (again.code, again.err) == (0, "")
-    assert json.loads(again.out) == json.loads(result.out)
+    answers = [json.loads(r.out) for r in (again, result)]
+    assert all(answer.pop("peak_memory_gb") > 0.1 for answer in answers)
+    assert answers[0] == answers[1]
     assert {name: (run / name).read_bytes() for name in before} == before
     assert [path.name for path in (folder / "runs").iterdir()] == ["spleen-small-001"]
 
@@ -90,7 +92,10 @@ def test_resume_of_a_finished_run_changes_nothing(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--resume", "--set", "training.epochs=3"], "it differs in training.epochs"),
+        (["--resume", "--set", "training.epochs=3"], "it differs in training.epochs; --change-recipe goes on with the"),
+        (["--change-recipe"], "--change-recipe: only a run that is resumed has a recipe to change; add --resume"),
+        (["--max-gpu-memory", "much"], "--max-gpu-memory: expected a size such as 12G or 800M, got 'much'"),
+        (["--max-gpu-memory", "0G"], "--max-gpu-memory: expected a size such as 12G or 800M, got '0G'"),
         (["--resume", "--manifest", "x.json"], "--resume: goes on with the data of the run"),
         (["--output", "runs/spleen-small-001"], "'runs/spleen-small-001' already holds a run; continue it with"),
     ],
@@ -110,6 +115,36 @@ def test_refusals(
     assert (result.code, result.out) == (2, "")
     assert message in result.message
     assert sorted(folder.rglob("*")) == before
+
+
+def test_a_changed_recipe_goes_on_from_the_same_weights(
+    cli: Callable[..., Any], options: list[str], tiny_data: Path, tmp_path: Path
+):
+    """One more epoch at another rate; the run's file tells the new recipe, the old one is kept."""
+    assert cli("train", "spleen:small", *options, "--manifest", tiny_data, "--quiet").code == 0
+    run = tmp_path / "runs/spleen-small-001"
+    before = json.loads((run / "recipe.json").read_text())
+    changes = ["--set", "training.epochs=3", "--set", "optimizer.lr=5e-4"]
+    result = cli("train", "spleen:small", "--resume", "--change-recipe", *changes, "--json")
+    assert (result.code, json.loads(result.out)["epochs"]) == (0, 3)
+    rows = list(csv.DictReader((run / "log.csv").read_text().splitlines()))
+    assert [row["lr"] for row in rows] == ["0.002", "0.002", "0.0005"]
+    assert json.loads((run / "recipe.json").read_text())["training"]["epochs"] == 3
+    assert json.loads((run / "recipe-before-001.json").read_text()) == before
+    again = cli("train", "spleen:small", "--resume", "--json")
+    assert (again.code, json.loads(again.out)["epochs"]) == (0, 3)
+    other = cli("train", "spleen:small", "--resume", "--change-recipe", "--set", "network.channels=[4,16]")
+    assert other.code == 2
+    assert "weights do not fit the recipe's network" in other.message
+    assert json.loads((run / "recipe.json").read_text())["network"] == before["network"]
+
+
+def test_a_limit_of_gpu_memory_needs_a_gpu(cli: Callable[..., Any], options: list[str], tiny_data: Path):
+    result = cli(
+        "train", "spleen:small", *options, "--manifest", tiny_data, "--device", "cpu", "--max-gpu-memory", "8G"
+    )
+    assert result.code == 2
+    assert "--max-gpu-memory: training runs on the CPU" in result.message
 
 
 def test_resume_by_name_goes_on_with_the_runs_own_recipe(trained: tuple[Path, Any], run_cli: Callable[..., Any]):
@@ -191,11 +226,12 @@ def test_a_resumed_run_keeps_its_precision(cli: Callable[..., Any], options: lis
     assert (resumed.code, "bfloat16" in resumed.err.splitlines()[0]) == (0, True)
 
 
-def test_several_tasks_of_srun_are_refused(cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
-    result = cli("train", "spleen:small")
+def test_gpus_inside_of_several_tasks_are_refused(cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    result = cli("train", "spleen:small", "--gpus", "2")
     assert (result.code, result.out) == (2, "")
-    assert result.message.startswith("srun started several tasks; start one (srun --ntasks=1) and give --gpus N")
+    assert result.message.startswith("--gpus 2: srun has started 4 tasks already, each of them one process on one GPU")
 
 
 def test_many_processes_on_one_named_gpu_are_refused(cli: Callable[..., Any]):

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from ctseg.files import write_json
 from ctseg.io.images import read_labels, write_labels
@@ -140,3 +141,22 @@ def test_run_without_its_list_uses_the_recipes(cli: Callable[..., Any], run: Pat
     assert result.code == 2
     assert result.message.startswith("data set 'msd_spleen': no image found below 'nowhere/Task09_Spleen'")
     assert not (tmp_path / run / "validation-testing").exists()
+
+
+def test_table_of_lesions(cli: Callable[..., Any], run: Path, tiny_manifest: Manifest, tmp_path: Path):
+    """A recipe with a lesions table, here the tiny one with random weights, prints what `summary.json` holds."""
+    checkpoint = torch.load(tmp_path / run / "best.pt", weights_only=True)
+    checkpoint["recipe"]["lesions"] = {"volume_limits_ml": [5.0], "min_overlap": 0.1}
+    torch.save(checkpoint, tmp_path / run / "best.pt")
+    result = cli("validate")
+    assert result.code == 0
+    summary = json.loads((tmp_path / "runs/spleen-small-001/validation-testing/summary.json").read_text())
+    assert [s["volume_ml"] for s in summary["lesions"]["summaries"]] == ["all", "< 5", ">= 5"]
+    assert "lesions of  volume_ml  lesions  found  sensitivity  mean_dice" in result.out
+    false_positives = summary["lesions"]["summaries"][0]["false_positives_per_case"]
+    assert f"spleen: {false_positives:.2f} false positives per case" in result.out
+    assert "a lesion is a 26-connected part of the label, found when the mask covers 10% of it" in result.out
+    (case,) = tiny_manifest.split("testing")
+    assert {row["case"] for row in rows_of(tmp_path / "runs/spleen-small-001/validation-testing/lesions.csv")} == {
+        case.name
+    }

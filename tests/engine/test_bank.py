@@ -146,6 +146,19 @@ def test_each_preprocessing_has_its_own_folder(own_case: Case, tmp_path: Path) -
     assert prepare_bank((own_case,), base, tmp_path, Silent()).ready == ("ct",)
 
 
+def test_binarised_labels_are_prepared_as_one(own_case: Case, tiny_recipe: Recipe, changed, tmp_path: Path) -> None:
+    recipe = changed(tiny_recipe, preprocess={"binarize_labels": True})
+    labels = read_labels(own_case.label)
+    prepare_bank((own_case,), recipe, tmp_path, Silent())
+    wanted = open_one(own_case, recipe, tmp_path).host_label.copy()
+    write_labels(own_case.label, labels.array * 7, labels.geometry)
+    prepare_bank((own_case,), recipe, tmp_path, Silent())
+    assert np.array_equal(open_one(own_case, recipe, tmp_path).host_label, wanted)
+    assert wanted.max() == 1
+    assert read_case(own_case)[1].array.max() == 7
+    assert read_case(own_case, binarize_labels=True)[1].array.max() == 1
+
+
 def test_all_bad_cases_are_told_at_once_and_the_good_ones_done(own_case, tiny_recipe, tmp_path: Path, write_ct) -> None:
     def variant(name: str, **changes: Path | None) -> Case:
         return dataclasses.replace(own_case, name=name, **changes)

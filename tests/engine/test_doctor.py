@@ -81,19 +81,17 @@ def test_a_folder_that_cannot_be_written_is_warned_of(monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("total_gb", "limit", "value", "level"),
     [
-        (16.0, "max", "16.0 GB", "ok"),
-        (16.0, "3000000000", "3.0 GB (cgroup limit)", "warning"),
-        (2.0, "max", "2.0 GB", "warning"),
-        (8.0, "9223372036854771712", "8.0 GB", "ok"),
+        (16.0, None, "16.0 GB", "ok"),
+        (16.0, (3 * 10**9, "cgroup limit"), "3.0 GB (cgroup limit)", "warning"),
+        (2.0, None, "2.0 GB", "warning"),
+        (8.0, (9 * 10**9, "cgroup limit"), "8.0 GB", "ok"),
     ],
 )
 def test_memory_is_what_the_container_may_use(
-    monkeypatch, tmp_path: Path, total_gb: float, limit: str, value: str, level: str
+    monkeypatch, total_gb: float, limit: tuple[int, str] | None, value: str, level: str
 ) -> None:
-    file = tmp_path / "memory.max"
-    file.write_text(f"{limit}\n")
     monkeypatch.setattr(psutil, "virtual_memory", lambda: Memory(int(total_gb * 1e9)))
-    monkeypatch.setattr(doctor, "Path", lambda path: file if path.endswith("memory.max") else Path(path))
+    monkeypatch.setattr(doctor, "memory_limit", lambda: limit)
     check = found("memory")
     assert (check.value, check.level) == (value, level)
 

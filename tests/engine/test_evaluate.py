@@ -1,5 +1,6 @@
 """Scores, and the rules for what cannot be scored."""
 
+import csv
 import dataclasses
 import json
 import statistics
@@ -223,3 +224,72 @@ def test_dice_of_a_prepared_case_is_that_of_its_mask(tiny_model, tiny_manifest, 
     expected = dice(mask, case.host_label)
     assert 0 < expected < 1
     assert bank_dice(tiny_model, case, 0.25) == [pytest.approx(expected, abs=1e-3)]
+
+
+def with_lesions(model: Model, *overrides: str) -> Model:
+    recipe = load_recipe("spleen:small", ["lesions.volume_limits_ml=[0.5]", "lesions.min_overlap=0.5", *overrides])
+    return dataclasses.replace(model, recipe=recipe)
+
+
+def test_without_a_lesions_table_there_are_no_lesions(tiny_model: Model, testing_case: Case, tmp_path: Path) -> None:
+    evaluation = evaluate.evaluate(tiny_model, (testing_case,), Silent())
+    evaluate.write_evaluation(tmp_path, evaluation, Path("m.pt"), "testing")
+    assert evaluation.lesions is None
+    assert json.loads((tmp_path / "summary.json").read_text())["lesions"] is None
+    assert not (tmp_path / "lesions.csv").exists()
+    assert "lesions" not in (tmp_path / "cases.csv").read_text()
+
+
+def test_lesions_of_all_cases_and_a_failed_one_left_out(
+    tiny_model: Model, testing_case: Case, tmp_path: Path, answer
+) -> None:
+    """Voxels of 0.125 ml: a lesion of 8 voxels that is found, one of 2 that is missed, one part too many."""
+    label = np.zeros_like(read_labels(testing_case.label).array)
+    label[2:4, 2:4, 2:4] = 1
+    label[10:12, 10, 10] = 1
+    mask = np.zeros_like(label)
+    mask[2:4, 2:4, 2:4] = mask[20, 20, 20] = 1
+    answer(mask)
+    good = relabelled(testing_case, tmp_path / "lesions.nii.gz", label)
+    healthy = dataclasses.replace(relabelled(testing_case, tmp_path / "none.nii.gz", label * 0), name="healthy")
+    bad = dataclasses.replace(testing_case, name="bad", label=None)
+    evaluation = evaluate.evaluate(with_lesions(tiny_model), (good, bad, healthy), Silent())
+    lesions = evaluation.lesions
+    assert lesions is not None
+    assert [(c.case, len(c.lesions), c.found, c.sensitivity, c.false_positives) for c in lesions.cases] == [
+        (good.name, 2, 1, 0.5, 1),
+        ("healthy", 0, 0, None, 2),
+    ]
+    every, small, large = lesions.summaries
+    assert (every.lesions, every.found, every.sensitivity, every.false_positives_per_case) == (2, 1, 0.5, 1.5)
+    assert (small.volume_ml, small.found, small.mean_dice) == ("< 0.5", 0, 0.0)
+    assert (large.volume_ml, large.found, large.mean_dice) == (">= 0.5", 1, 1.0)
+    assert [s.error != "" for s in evaluation.scores] == [False, True, False]
+
+    evaluate.write_evaluation(tmp_path / "out", evaluation, Path("m.pt"), "testing")
+    rows = list(csv.DictReader((tmp_path / "out" / "lesions.csv").read_text().splitlines()))
+    assert [(r["case"], float(r["volume_ml"]), r["volume_class_ml"], r["found"], float(r["dice"])) for r in rows] == [
+        (good.name, pytest.approx(1.0), ">= 0.5", "True", 1.0),
+        (good.name, pytest.approx(0.25), "< 0.5", "False", 0.0),
+    ]
+    counts = ("lesions", "lesions_found", "lesion_sensitivity", "false_positives")
+    rows = list(csv.DictReader((tmp_path / "out" / "cases.csv").read_text().splitlines()))
+    assert [[row[name] for name in counts] for row in rows] == [["2", "1", "0.5", "1"], [""] * 4, ["0", "0", "", "2"]]
+    written = json.loads((tmp_path / "out" / "summary.json").read_text())["lesions"]
+    assert written["min_overlap"] == 0.5
+    assert written["summaries"][0]["sensitivity"] == 0.5
+    assert written["cases"][0]["found"] == 1
+    assert written["cases"][0]["lesions"][0]["volume_ml"] == pytest.approx(1.0)
+
+
+def test_labels_above_one_count_where_the_recipe_binarises(
+    tiny_model: Model, testing_case: Case, tmp_path: Path, answer
+) -> None:
+    label = np.zeros_like(read_labels(testing_case.label).array)
+    label[2:4, 2:4, 2:4], label[10:14, 10, 10] = 1, 7
+    answer((label > 0).astype(np.uint8))
+    case = relabelled(testing_case, tmp_path / "values.nii.gz", label)
+    (score,) = score_case(with_lesions(tiny_model, "preprocess.binarize_labels=true"), case)
+    assert (score.dice, score.label_ml) == (1.0, pytest.approx(12 * 0.125))
+    (score,) = score_case(with_lesions(tiny_model), case)
+    assert score.label_ml == pytest.approx(8 * 0.125)

@@ -1,6 +1,7 @@
 """Training: it learns, it repeats itself, and stopped anywhere it goes on as if nothing had happened."""
 
 import csv
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -9,13 +10,11 @@ import pytest
 import torch
 
 from ctseg.engine import fit
-from ctseg.engine.bank import bank_folder, open_bank
 from ctseg.engine.checkpoint import read_checkpoint, save_checkpoint
-from ctseg.engine.fit import Trainer
 from ctseg.engine.runtime import Runtime
+from ctseg.engine.trainer import Trainer
 from ctseg.errors import CtsegError, ModelError, Stopped
 from ctseg.recipe import Recipe
-from ctseg.sampling import Draw
 
 SIX_STEPS = {"epochs": 3, "batch_cases": 2, "validation_interval_epochs": 2}
 HALVED = {"kind": "step", "step_epochs": 1, "gamma": 0.5}
@@ -201,31 +200,6 @@ def test_a_diverging_loss_is_an_error_that_names_its_cure(tiny_recipe, tmp_path,
         assert all(math.isfinite(row["loss"]) for row in content(tmp_path / "run")["history"])
 
 
-@pytest.mark.parametrize("num_draws", [1, 2, 5, 16])
-@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
-def test_shares_make_the_mean_over_processes_the_mean_over_patches(num_draws: int, world_size: int) -> None:
-    draws = [Draw(case=n, start=(0, 0, 0), shift=float(n**2)) for n in range(num_draws)]
-    runtimes = [Runtime(torch.device("cpu"), None, rank, world_size) for rank in range(world_size)]
-    if world_size > num_draws:
-        return  # refused before training, see below
-    dealt = [fit._deal(draws, runtime) for runtime in runtimes]
-    assert sorted(d.case for mine, _ in dealt for d in mine) == list(range(num_draws))
-    weighted = [share * sum(d.shift for d in mine) / len(mine) for mine, share in dealt]
-    assert sum(weighted) / world_size == pytest.approx(sum(d.shift for d in draws) / num_draws)
-
-
-def test_more_processes_than_the_last_step_has_patches_are_refused_before_training(
-    tiny_recipe: Recipe, tiny_result, tiny_manifest, tiny_prepared: Path, cpu: Runtime
-) -> None:
-    """3 cases, 2 a step, 2 patches each: the last step has one case, so 2 patches for 3 processes."""
-    cases = open_bank(tiny_manifest.split("training"), bank_folder(tiny_prepared, tiny_recipe), cpu.device)
-    trainer = Trainer.fresh(tiny_recipe, cpu)
-    fit._Stepper(trainer, cases)
-    trainer.runtime = Runtime(cpu.device, None, 0, 3)
-    with pytest.raises(CtsegError, match="3 processes, but the smallest step of an epoch has only 2 patches"):
-        fit._Stepper(trainer, cases)
-
-
 def test_a_fresh_trainer_depends_on_the_seed_alone(tiny_recipe: Recipe, cpu: Runtime, changed, assert_same) -> None:
     first = Trainer.fresh(tiny_recipe, cpu).network.state_dict()
     torch.rand(3)
@@ -238,6 +212,105 @@ def test_a_run_without_a_checkpoint_starts_at_its_beginning(tiny_recipe: Recipe,
     trainer = Trainer.fresh(tiny_recipe, cpu)
     trainer.load(tmp_path)
     assert (trainer.epoch, trainer.step, trainer.history) == (0, 0, [])
+
+
+def test_a_damaged_last_checkpoint_falls_back_on_the_one_before(
+    tiny_recipe: Recipe, tmp_path: Path, train_tiny, changed, assert_same, cpu: Runtime
+) -> None:
+    """A byte changed, the file cut, or the file gone: the run repeats an epoch and ends with the same bits."""
+    recipe = changed(tiny_recipe, training={"epochs": 4})
+    train_tiny(recipe, tmp_path / "whole")
+    for n, damage in enumerate(("byte", "cut", "gone")):
+        run = tmp_path / damage
+        with pytest.raises(Stopped):
+            train_tiny(recipe, run, stop_after=5)
+        assert content(run, "previous.pt")["epoch"] == 2
+        data = bytearray((run / "last.pt").read_bytes())
+        if damage == "byte":
+            weights = next(iter(content(run)["model"].values())).numpy().tobytes()
+            data[data.index(weights) + len(weights) // 2] ^= 1
+        (run / "last.pt").write_bytes(data[: len(data) - 100] if damage == "cut" else data)
+        if damage == "gone":
+            (run / "last.pt").unlink()
+        warning = Trainer.fresh(recipe, cpu, content(run, "previous.pt")["data"]).load(run)
+        assert ("going on from the one before it" in warning) == (n < 2)
+        train_tiny(recipe, run)
+        for name in ("last.pt", "best.pt"):
+            assert_same(content(run, name), content(tmp_path / "whole", name))
+        assert (run / "log.csv").read_text() == (tmp_path / "whole" / "log.csv").read_text()
+
+
+def test_two_damaged_checkpoints_are_an_error_that_names_both(tiny_recipe, tmp_path, train_tiny, cpu) -> None:
+    train_tiny(tiny_recipe, tmp_path)
+    for name in ("last.pt", "previous.pt"):
+        (tmp_path / name).write_bytes(b"PK")
+    with pytest.raises(ModelError, match=r"no checkpoint of run .* can be read: .*last.pt.*previous.pt"):
+        Trainer.fresh(tiny_recipe, cpu).load(tmp_path)
+
+
+def test_changed_cases_are_refused_unless_asked(tiny_recipe: Recipe, cpu: Runtime, tmp_path: Path) -> None:
+    Trainer.fresh(tiny_recipe, cpu, "one").save(tmp_path)
+    other = Trainer.fresh(tiny_recipe, cpu, "other")
+    with pytest.raises(ModelError, match=r"prepared cases have changed since; .*--change-recipe"):
+        other.load(tmp_path)
+    assert other.load(tmp_path, changed=True) == ""
+
+
+def test_a_recipe_may_change_when_asked(
+    tiny_recipe: Recipe, cpu: Runtime, tmp_path: Path, changed, assert_same
+) -> None:
+    """Weights, epoch and log stay; another kind of optimizer starts anew; another network is refused."""
+    before = Trainer.fresh(tiny_recipe, cpu)
+    before.epoch, before.history = 1, [{"epoch": 1, "loss": 1.0, "mean_dice": None, "lr": 1e-3}]
+    before.save(tmp_path)
+    after = Trainer.fresh(changed(tiny_recipe, optimizer={"kind": "novograd"}, training={"seed": 5}), cpu)
+    after.load(tmp_path, changed=True)
+    assert (after.epoch, after.history) == (1, before.history)
+    assert_same(after.network.state_dict(), before.network.state_dict())
+    with pytest.raises(ModelError, match="weights do not fit"):
+        Trainer.fresh(changed(tiny_recipe, network={"channels": [4, 16]}), cpu).load(tmp_path, changed=True)
+
+
+def test_a_new_run_may_start_with_weights_and_goes_on_from_its_own(
+    tiny_recipe: Recipe, cpu: Runtime, tmp_path: Path, assert_same
+) -> None:
+    given = Trainer.fresh(tiny_recipe, cpu).network
+    for parameter in given.parameters():
+        parameter.data.fill_(0.5)
+    save_checkpoint(tmp_path / "start.pt", {"model": given.state_dict(), "report": {}})
+    trainer = Trainer.fresh(tiny_recipe, cpu)
+    trainer.load(tmp_path)
+    assert_same(trainer.network.state_dict(), given.state_dict())
+    Trainer.fresh(tiny_recipe, cpu).save(tmp_path)
+    trainer.load(tmp_path)
+    assert_same(trainer.network.state_dict(), Trainer.fresh(tiny_recipe, cpu).network.state_dict())
+
+
+def test_a_stop_during_validation_repeats_no_step(
+    tiny_recipe: Recipe, tmp_path: Path, train_tiny, changed, assert_same, tiny_manifest
+) -> None:
+    """Two validation cases: the stop between them saves an epoch with all its steps, whose validation begins anew."""
+    cases = tuple(
+        dataclasses.replace(c, split="validation") if c.split == "testing" else c for c in tiny_manifest.cases
+    )
+    manifest, run = dataclasses.replace(tiny_manifest, cases=cases), tmp_path / "run"
+    train_tiny(tiny_recipe, tmp_path / "whole", manifest=manifest)
+    with pytest.raises(Stopped, match="epoch 1 after step 2"):
+        train_tiny(tiny_recipe, run, manifest=manifest, stop_after=3)
+    assert (content(run)["epoch"], content(run)["step"]) == (0, 2)
+    train_tiny(tiny_recipe, run, manifest=manifest)
+    assert_same(content(run), content(tmp_path / "whole"))
+
+
+def test_early_stopping_ends_when_validation_rises_no_more(
+    tiny_recipe: Recipe, tmp_path: Path, train_tiny, changed, monkeypatch
+) -> None:
+    scores = iter([0.2, 0.7, 0.5, 0.7, 0.6, 0.9])
+    monkeypatch.setattr(fit, "bank_dice", lambda *_: [next(scores)])
+    result = train_tiny(changed(tiny_recipe, training={"epochs": 6, "early_stop_epochs": 3}), tmp_path / "run")
+    assert (result.epochs, result.best_epoch) == (5, 2)
+    again = train_tiny(changed(tiny_recipe, training={"epochs": 6, "early_stop_epochs": 3}), tmp_path / "run")
+    assert again.epochs == 5  # resumed after its end, it trains no further
 
 
 def test_another_recipes_checkpoint_is_refused(tiny_recipe: Recipe, cpu: Runtime, tmp_path: Path, changed) -> None:

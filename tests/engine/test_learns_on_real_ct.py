@@ -1,13 +1,17 @@
-"""The spleen recipe, shortened, learns on real abdominal CT with spleen labels."""
+"""Every recipe, shortened, learns on real CT."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from ctseg.engine.evaluate import evaluate
 from ctseg.engine.model import load_model
 from ctseg.engine.runtime import cpu_has_bfloat16, start_runtime
 from ctseg.engine.train import train
+from ctseg.io.images import read_labels, write_labels
 from ctseg.manifest import Case, Manifest
 from ctseg.progress import Silent
 from ctseg.recipe import load_recipe
@@ -40,3 +44,41 @@ def test_dice_on_the_trained_volumes_rises_above_085(real_data: Path, tmp_path: 
     dice = {score.case: score.dice for score in evaluation.scores}
     assert len(dice) == 3
     assert all(value is not None and value > 0.85 for value in dice.values()), dice
+
+
+LUNG = ["preprocess.spacing_mm=[3,3,5]", "sampling.patch_size=[96,96,64]", "inference.window_size=[96,96,64]"]
+LESION = ["preprocess.spacing_mm=[3,3,3]", "sampling.patch_size=[64,64,64]", "inference.window_size=[64,64,64]"]
+ONE_CASE = ["training.batch_cases=1", "optimizer.lr=1e-3", "training.validation_interval_epochs=20"]
+
+
+def lungs(real_data: Path, folder: Path) -> tuple[Path, Path]:
+    """A whole chest and abdomen at 3 mm with its five lung lobes as one structure."""
+    source = real_data / "totalsegmentator_example"
+    lobes = read_labels(source / "example_seg.nii.gz")
+    write_labels(folder / "lungs.nii.gz", np.isin(lobes.array, range(10, 15)).astype(np.uint8), lobes.geometry)
+    return source / "example_ct.nii.gz", folder / "lungs.nii.gz"
+
+
+def lesion(real_data: Path, _folder: Path) -> tuple[Path, Path]:
+    """A soft tissue sarcoma with an expert's mask: the nearest to a bone lesion that is public and small."""
+    return real_data / "sts_lesion" / "STS_025_ct.nii.gz", real_data / "sts_lesion" / "STS_025_lesion.nii.gz"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "overrides", "epochs", "files"),
+    [("lung", LUNG, 80, lungs), ("bone_lesion", LESION, 120, lesion), ("bone_lesion:mmar", LESION, 120, lesion)],
+)
+def test_every_card_overfits_one_real_case(
+    real_data: Path, tmp_path: Path, name: str, overrides: list[str], epochs: int, files: Callable[..., Any]
+) -> None:
+    """The card's network, loss and augmentation on one coarse case: it must be able to learn it by heart."""
+    recipe = load_recipe(name, [*overrides, *ONE_CASE, f"training.epochs={epochs}"])
+    runtime = start_runtime("auto", "bfloat16" if cpu_has_bfloat16() else "auto", amp=True)
+    image, label = files(real_data, tmp_path)
+    case = Case(name="case", split="training", image=image, label=label)
+    data = Manifest(name="one", cases=(case,), labels={}, licence="see NOTICE", source="public")
+    result = train(recipe, tmp_path / "run", lambda _: data, runtime, Silent(), tmp_path / "prepared")
+    (score,) = evaluate(load_model(result.checkpoint, runtime), (case,), Silent()).scores
+    assert score.dice is not None, score.error
+    assert score.dice >= 0.9

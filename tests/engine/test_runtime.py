@@ -3,14 +3,14 @@
 import os
 import signal
 import threading
-from pathlib import Path
+from datetime import timedelta
 
 import pytest
 import torch
 
 from ctseg.engine import runtime
-from ctseg.engine.runtime import Runtime, available_cpus, cpu_has_bfloat16, running, start_runtime, stop_on_signal
-from ctseg.errors import DeviceError
+from ctseg.engine.runtime import Runtime, cpu_has_bfloat16, running, start_runtime, stop_on_signal
+from ctseg.errors import DeviceError, PeerLost, Stopped
 
 
 @pytest.fixture(autouse=True)
@@ -80,40 +80,66 @@ def test_bfloat16_is_used_where_the_cpu_has_it(monkeypatch) -> None:
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is torch.float32
 
 
-def test_cpus_are_the_smallest_of_affinity_quota_and_slurm(monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
-    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
-    quota = tmp_path / "cpu.max"
-    monkeypatch.setattr(runtime, "Path", lambda path: quota if path == "/sys/fs/cgroup/cpu.max" else Path(path))
-    assert available_cpus() == 12
-    quota.write_text("max 100000\n")
-    assert available_cpus() == 12
-    quota.write_text("500000 100000\n")
-    assert available_cpus() == 5
-    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "3")
-    assert available_cpus() == 3
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {4, 9}, raising=False)
-    assert available_cpus() == 2
-    quota.write_text("50000 100000\n")  # half a CPU
-    assert available_cpus() == 1
-
-
-def test_affinity_of_this_process_counts(monkeypatch) -> None:
-    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
-    everything = os.sched_getaffinity(0)
-    try:
-        os.sched_setaffinity(0, {min(everything)})
-        assert available_cpus() == 1
-    finally:
-        os.sched_setaffinity(0, everything)
-
-
 def test_processes_of_a_machine_share_its_cpus(monkeypatch) -> None:
     monkeypatch.setattr(runtime, "available_cpus", lambda: 12)
     for processes, threads in (("1", 12), ("4", 3), ("24", 1)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
         start_runtime("cpu")
         assert torch.get_num_threads() == threads
+
+
+def test_tasks_of_slurm_have_cpus_of_their_own(monkeypatch) -> None:
+    """`available_cpus` is one task's share already; torchrun started in a task shares it out."""
+    monkeypatch.setattr(runtime, "available_cpus", lambda: 12)
+    for name, value in {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    assert runtime.threads_of_process() == 12
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    assert runtime.threads_of_process() == 3
+
+
+def test_a_task_that_sees_one_gpu_takes_it(monkeypatch) -> None:
+    """Slurm may show each task its own GPU alone, whose number is 0 for all of them."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with pytest.raises(DeviceError, match="'cuda:3'"):
+        start_runtime()
+    for name, value in {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "RANK": "3", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    assert start_runtime(alone=True).device == torch.device("cuda", 0)
+
+
+def test_work_without_talk_joins_no_group(monkeypatch) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert start_runtime("cpu", alone=True) == Runtime(torch.device("cpu"), None, 0, 1)
+
+
+def test_processes_that_do_not_meet_say_where(monkeypatch) -> None:
+    monkeypatch.setattr(runtime, "MEETING_TIMEOUT", timedelta(seconds=1))
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "9"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(PeerLost, match="process 2 of 2 did not meet the others at localhost:9; see their logs"):
+        start_runtime("cpu")
+    monkeypatch.delenv("MASTER_PORT")
+    with pytest.raises(PeerLost, match="MASTER_ADDR and MASTER_PORT do not say where the first one is"):
+        start_runtime("cpu")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RuntimeError("[/pytorch/third_party/gloo/pair.cc:547] Connection closed by peer [127.0.0.1]:4398"), True),
+        (torch.distributed.DistNetworkError("broken"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+    ],
+)
+def test_the_end_of_another_process_is_one_line(monkeypatch, error: RuntimeError, told: bool) -> None:
+    monkeypatch.setattr(runtime, "PEER_GRACE_SECONDS", 0)
+    expected = pytest.raises(PeerLost if told else RuntimeError, match="another process" if told else "mat1")
+    with expected, running("cpu"):
+        raise error
 
 
 def test_one_process_needs_no_peers() -> None:
@@ -167,6 +193,20 @@ def test_a_second_term_waits_for_the_first() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop_requested()
+
+
+def test_once_stopped_a_further_signal_does_not_change_the_exit_code() -> None:
+    """srun sends SIGTERM to all tasks as soon as the first one has ended."""
+    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.getsignal(n) for n in numbers]
+    try:
+        with pytest.raises(Stopped), stop_on_signal():
+            raise Stopped
+        for number in numbers:
+            os.kill(os.getpid(), number)
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def test_outside_the_main_thread_signals_are_left_alone() -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ctseg.errors import OutputError
+from ctseg.errors import CtsegError, OutputError
 from ctseg.report.tables import render_table
 
 Overrides = Annotated[
@@ -45,6 +45,19 @@ PrecisionOption = Annotated[
 ]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+
+
+def parse_bytes(text: str, option: str) -> int:
+    """Bytes of a size such as 12G, 1.5G or 800M, in powers of 1024 as Slurm counts.
+
+    Raises:
+        CtsegError: naming `option`.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    size = int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " ")) if match else 0
+    if size == 0:
+        raise CtsegError(f"{option}: expected a size such as 12G or 800M, got '{text}'")
+    return size
 
 
 def emit(data: Any, text: str, as_json: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,7 +13,7 @@ import typer
 from ctseg.commands.common import DeviceOption, JsonFlag, ModelOption, PrecisionOption, QuietFlag, emit, rounded
 from ctseg.errors import CasesFailed
 from ctseg.files import make_folder
-from ctseg.jobs import FAILURES, find_jobs
+from ctseg.jobs import Shard, choose_shard, find_jobs
 from ctseg.progress import make_progress
 from ctseg.report.tables import render_table
 from ctseg.workspace import resolve_model
@@ -29,28 +30,44 @@ def infer(
     model: ModelOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Redo masks that are already there.")] = False,
     overlays: Annotated[bool, typer.Option("--overlays", help="Also draw a picture of every mask.")] = False,
+    shard: Annotated[
+        str | None,
+        typer.Option(metavar="I/N", help="Only the I-th of N parts of the CTs; auto: this Slurm array task's part."),
+    ] = None,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
     """Segment CTs (NIfTI, NRRD, MHA): a uint8 mask on each input's own grid, in its own format."""
+    part = choose_shard(shard, os.environ)
     path = resolve_model(model)
     jobs = find_jobs(inputs, output)
     make_folder(output)
     from ctseg.engine.infer import infer as run
     from ctseg.engine.model import load_model
-    from ctseg.engine.runtime import running
+    from ctseg.engine.runtime import running, stop_on_signal
 
-    with running(device, precision, amp=True) as runtime, make_progress(quiet) as progress:
+    options = {"overwrite": overwrite, "overlays": overlays}
+    with (
+        running(device, precision, amp=True, alone=True) as runtime,
+        stop_on_signal() as stop_requested,
+        make_progress(quiet) as progress,
+    ):
         loaded = load_model(path, runtime)
-        progress.note(f"model {path} on {runtime.describe()}")
-        outcomes = run(loaded, jobs, output, progress, overwrite=overwrite, overlays=overlays)
+        progress.note(f"model {path} on {runtime.describe()}{_part(part)}")
+        outcomes = run(loaded, jobs, output, progress, shard=part, stop_requested=stop_requested, **options)
     emit([dataclasses.asdict(o) for o in outcomes], _text(outcomes, path), as_json)
     failed = [o for o in outcomes if o.status == "failed"]
     if failed:
         reasons = "".join(f"\n  {o.error}" for o in failed)
-        raise CasesFailed(f"{len(failed)} of {len(outcomes)} files failed, listed in {output / FAILURES}:{reasons}")
+        raise CasesFailed(
+            f"{len(failed)} of {len(outcomes)} files failed, listed in {output / part.failures}:{reasons}"
+        )
+
+
+def _part(shard: Shard) -> str:
+    return f", part {shard} of the CTs" if shard.count > 1 else ""
 
 
 def _text(outcomes: list[Outcome], model: Path) -> str:
@@ -64,6 +81,8 @@ def _text(outcomes: list[Outcome], model: Path) -> str:
         )
         for o in outcomes
     ]
+    if not outcomes:
+        return f"model {model}\n\nno CT in this part"
     counts = ", ".join(f"{n} {status}" for status, n in Counter(o.status for o in outcomes).items())
     table = render_table(("image", "status", "mask", *(f"{s}_ml" for s in structures)), rows)
     return f"model {model}\n\n{table}\n\n{counts}"

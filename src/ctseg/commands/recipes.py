@@ -67,7 +67,10 @@ def _card(recipe: Recipe) -> str:
     about = [(key, sections.pop(key)) for key in ("name", "title", "source")]
     rows: list[tuple[str, object]] = [*about, ("", "")]
     for section, values in sections.items():
-        rows += [(f"{section}.{key}", _shown(value)) for key, value in values.items()]
+        if values is None:
+            rows.append((section, "off"))
+        else:
+            rows += [(f"{section}.{key}", _shown(value)) for key, value in values.items()]
     return pairs(rows)
 
 

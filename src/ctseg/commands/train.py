@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ctseg import slurm
 from ctseg.commands.common import (
     DataOption,
     DeviceOption,
@@ -22,92 +25,213 @@ from ctseg.commands.common import (
     QuietFlag,
     emit,
     pairs,
+    parse_bytes,
 )
 from ctseg.errors import CtsegError, RecipeError
+from ctseg.files import make_folder, write_json
 from ctseg.manifest import find_manifest
 from ctseg.progress import make_progress
-from ctseg.recipe import Recipe, load_recipe, recipe_names
-from ctseg.sources.catalogue import PHANTOM, find_data
-from ctseg.workspace import PREPARED, RECIPE_FILE, new_run, newest_run, run_precision, run_recipe
+from ctseg.recipe import Recipe, load_recipe, recipe_from_dict, recipe_names
+from ctseg.sources.catalogue import find_data, is_made
+from ctseg.workspace import PREPARED, RECIPE_FILE, START_REPORT, new_run, newest_run, run_precision, run_recipe
 
 if TYPE_CHECKING:
     from ctseg.engine.train import TrainResult
+
+GpusOption = Annotated[int | None, typer.Option("--gpus", min=1, help="Train in this many processes, one per GPU.")]
+RunOption = Annotated[Path | None, typer.Option("--output", help="Run folder. Default: a new one below runs/.")]
+ResumeFlag = Annotated[
+    bool, typer.Option("--resume", help="Go on with the newest run of the recipe, or with --output.")
+]
+
+
+MaxGpuMemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        "--max-gpu-memory", metavar="SIZE", help="Such as 12G, per GPU: larger steps are split, their gradients added."
+    ),
+]
+ChangeRecipeFlag = Annotated[
+    bool, typer.Option("--change-recipe", help="With --resume: go on with what --set or the recipe's file now say.")
+]
+MlflowOption = Annotated[
+    str | None, typer.Option("--mlflow", metavar="URI", help="Send each epoch's numbers to this MLflow server too.")
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """The options that all commands which train have in common."""
+
+    gpus: int | None
+    output: Path | None
+    resume: bool
+    manifest: str | None
+    data: Path | None
+    prepared: Path
+    overrides: list[str] | None
+    device: str
+    precision: str
+    max_gpu_memory: str | None
+    change_recipe: bool
+    mlflow: str | None
+    as_json: bool
+    quiet: bool
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where training starts from other than fresh weights: what the engine takes, and what to tell people."""
+
+    weights: dict[str, Any]
+    """Under "model" a state dict, under "report" plain data, which the run keeps as start.json too."""
+    summary: list[tuple[str, object]]
 
 
 def train(
     recipe: Annotated[
         str, typer.Argument(help="A recipe (`ctseg recipes`), a variant like spleen:small, or a .toml file.")
     ],
-    gpus: Annotated[int | None, typer.Option(min=1, help="Train in this many processes, one per GPU.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Run folder. Default: a new one below runs/.")] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the newest run of the recipe, or with --output.")
-    ] = False,
+    gpus: GpusOption = None,
+    output: RunOption = None,
+    resume: ResumeFlag = False,
     manifest: ManifestOption = None,
     data: DataOption = None,
     prepared: PreparedOption = PREPARED,
     overrides: Overrides = None,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
+    max_gpu_memory: MaxGpuMemoryOption = None,
+    change_recipe: ChangeRecipeFlag = False,
+    mlflow: MlflowOption = None,
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
     """Train a recipe; progress and curves go to the run folder."""
-    if resume and (manifest or data):
+    options = TrainOptions(
+        gpus=gpus,
+        output=output,
+        resume=resume,
+        manifest=manifest,
+        data=data,
+        prepared=prepared,
+        overrides=overrides,
+        device=device,
+        precision=precision,
+        max_gpu_memory=max_gpu_memory,
+        change_recipe=change_recipe,
+        mlflow=mlflow,
+        as_json=as_json,
+        quiet=quiet,
+    )
+    run_training(recipe, options)
+
+
+def run_training(
+    name: str, options: TrainOptions, make_start: Callable[[Recipe], Start] | None = None, suffix: str = ""
+) -> None:
+    """Trains the recipe called `name`, from what `make_start` returns if given, and prints the result.
+
+    Args:
+        name: As on the command line.
+        options: The same.
+        make_start: Asked once all that needs no PyTorch is known to be right.
+        suffix: Stands in the name of a new run's folder, after the recipe's.
+    """
+    o = options
+    if o.resume and (o.manifest or o.data):
         raise CtsegError("--resume: goes on with the data of the run, so --manifest and --data cannot be given")
-    wanted, run = (_resumed_run if resume else _fresh_run)(recipe, overrides, output)
-    if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "RANK" not in os.environ:
-        raise CtsegError("srun started several tasks; start one (srun --ntasks=1) and give --gpus N")
-    if prepared.is_file():
-        raise CtsegError(f"--prepared {prepared}: must be a folder, got a file")
-    if resume and precision == "auto":
-        precision = run_precision(run)  # type: ignore[assignment]  # checked where it is used
-    if gpus is not None:
+    if o.change_recipe and not o.resume:
+        raise CtsegError("--change-recipe: only a run that is resumed has a recipe to change; add --resume")
+    max_gpu_bytes = None if o.max_gpu_memory is None else parse_bytes(o.max_gpu_memory, "--max-gpu-memory")
+    if o.resume:
+        wanted, run = resumed_run(name, o.overrides, o.output, o.change_recipe)
+    else:
+        wanted, run = _fresh_run(name, o.overrides, o.output, suffix)
+    tasks = slurm.num_tasks(os.environ)
+    if (o.gpus or 1) > 1 and tasks > 1 and "RANK" not in os.environ:
+        raise CtsegError(
+            f"--gpus {o.gpus}: srun has started {tasks} tasks already, each of them one process on one GPU; leave "
+            f"--gpus out, or start one task (srun --ntasks=1)"
+        )
+    if o.prepared.is_file():
+        raise CtsegError(f"--prepared {o.prepared}: must be a folder, got a file")
+    precision = run_precision(run) if o.resume and o.precision == "auto" else o.precision
+    if o.gpus is not None:
         from ctseg.engine.launch import check_gpus, is_launched, launch
 
-        check_gpus(gpus, device)
-    source = manifest or wanted.data.manifest
-    if not resume and source != PHANTOM:  # made when it is needed
-        find_manifest(source, data).split("training")
-    if gpus is not None and gpus > 1 and not is_launched():
-        launch(gpus, [*sys.argv[1:], "--output", str(run)])
+        check_gpus(o.gpus, o.device)
+    source = o.manifest or wanted.data.manifest
+    if not o.resume and not is_made(source):  # made when it is needed
+        find_manifest(source, o.data).split("training")
+    start = None if o.resume or make_start is None else make_start(wanted)
+    if o.gpus is not None and o.gpus > 1 and not is_launched():
+        launch(o.gpus, [*sys.argv[1:], "--output", str(run)])
         return
     from ctseg.engine import train as engine
     from ctseg.engine.runtime import running, stop_on_signal
 
-    find = None if resume else partial(find_data, source, data)
-    with running(device, precision, amp=wanted.training.amp) as runtime:
-        with stop_on_signal() as stop_requested, make_progress(quiet or not runtime.is_main) as progress:
+    find = None if o.resume else partial(find_data, source, o.data)
+    with running(o.device, precision, amp=wanted.training.amp) as runtime:
+        with stop_on_signal() as stop_requested, make_progress(o.quiet or not runtime.is_main) as progress:
             run = runtime.gather(run)[0]  # torchrun's processes look for a free name at different moments
             progress.note(f"run {run} on {runtime.describe()}")
-            result = engine.train(wanted, run, find, runtime, progress, prepared, stop_requested)
+            for what, value in [] if start is None else start.summary:
+                progress.note(f"{what} {value}")
+            if start is not None and runtime.is_main and not (run / RECIPE_FILE).exists():
+                write_json(make_folder(run) / START_REPORT, start.weights["report"])
+            weights = None if start is None else start.weights
+            result = engine.train(
+                wanted,
+                run,
+                find,
+                runtime,
+                progress,
+                o.prepared,
+                stop_requested,
+                start=weights,
+                change_recipe=o.change_recipe,
+                max_gpu_bytes=max_gpu_bytes,
+                mlflow_uri=o.mlflow,
+            )
         if runtime.is_main:
-            emit(dataclasses.asdict(result), _summary(result), as_json)
+            about = {} if start is None else {"start": start.weights["report"]}
+            text = _summary(result, [] if start is None else start.summary)
+            emit({**dataclasses.asdict(result), **about}, text, o.as_json)
 
 
-def _fresh_run(name: str, overrides: list[str] | None, output: Path | None) -> tuple[Recipe, Path]:
+def _fresh_run(name: str, overrides: list[str] | None, output: Path | None, suffix: str = "") -> tuple[Recipe, Path]:
     recipe = load_recipe(name, overrides)
     if output is not None and output.is_file():
         raise CtsegError(f"--output {output}: must be a folder, got a file")
-    if output is not None and (output / RECIPE_FILE).exists() and "RANK" not in os.environ:
+    if output is not None and (output / RECIPE_FILE).exists() and slurm.num_processes(os.environ) == 1:
         raise CtsegError(f"'{output}' already holds a run; continue it with --resume or choose another --output")
-    return recipe, output or new_run(recipe)
+    return recipe, output or new_run(recipe, suffix)
 
 
-def _resumed_run(name: str, overrides: list[str] | None, output: Path | None) -> tuple[Recipe, Path]:
-    """The run to go on with and its own recipe; what is given anew, by --set or by a file, must agree with it."""
-    recipe = load_recipe(name, overrides)
+def resumed_run(
+    name: str, overrides: list[str] | None, output: Path | None, change: bool = False
+) -> tuple[Recipe, Path]:
+    """The run to go on with and its own recipe; what is given anew, by --set or by a file, must agree with it.
+
+    With `change` it is taken instead: a shipped recipe's name stands for the run's own recipe, to which --set applies.
+    """
+    shipped = name.partition(":")[0] in recipe_names()
+    recipe = load_recipe(name, None if change and shipped else overrides)
     run = output or newest_run(recipe.name)
     if run is None:
         raise CtsegError(f"--resume: no run of recipe '{recipe.name}' in 'runs/' of this folder; name it with --output")
     own = run_recipe(run)
     differing = _differences(recipe.to_dict(), own.to_dict())
-    given_anew = overrides or recipe.name != own.name or name.partition(":")[0] not in recipe_names()
-    if differing and given_anew:
+    given_anew = overrides or recipe.name != own.name or not shipped
+    if change and shipped:
+        return recipe_from_dict(own.to_dict(), f"recipe of run '{run}'", overrides), run
+    if differing and given_anew and not change:
         raise RecipeError(
-            f"--resume: run '{run}' was started with another recipe; it differs in {', '.join(differing)}"
+            f"--resume: run '{run}' was started with another recipe; it differs in {', '.join(differing)}; "
+            f"--change-recipe goes on with the new one"
         )
-    return own, run
+    return (recipe if change else own), run
 
 
 def _differences(wanted: dict[str, Any], present: dict[str, Any]) -> list[str]:
@@ -124,9 +248,11 @@ def _differences(wanted: dict[str, Any], present: dict[str, Any]) -> list[str]:
     return sorted(key.rstrip(".") for key in a.keys() | b.keys() if a.get(key) != b.get(key))
 
 
-def _summary(result: TrainResult) -> str:
-    rows: list[tuple[str, object]] = [("run", result.run), ("epochs", result.epochs), ("loss", f"{result.loss:.4f}")]
+def _summary(result: TrainResult, about: list[tuple[str, object]]) -> str:
+    rows: list[tuple[str, object]] = [("run", result.run), *about, ("epochs", result.epochs)]
+    rows.append(("loss", f"{result.loss:.4f}"))
     if result.best_mean_dice is not None:
         rows.append(("best validation Dice", f"{result.best_mean_dice:.4f} (epoch {result.best_epoch})"))
+    rows.append(("peak memory", f"{result.peak_memory_gb:.1f} GB"))
     rows += [("model", result.checkpoint), ("curves", result.run / "curves.png")]
     return pairs(rows)

@@ -22,11 +22,12 @@ from ctseg.errors import CasesFailed, CtsegError
 from ctseg.files import make_folder
 from ctseg.manifest import SPLITS, read_manifest
 from ctseg.progress import make_progress
+from ctseg.report.tables import render_table
 from ctseg.sources.catalogue import find_data
 from ctseg.workspace import DATA_FILE, resolve_model, run_of, run_recipe
 
 if TYPE_CHECKING:
-    from ctseg.engine.evaluate import Evaluation
+    from ctseg.engine.evaluate import Evaluation, LesionScores
     from ctseg.manifest import Case
     from ctseg.progress import Progress
 
@@ -45,7 +46,7 @@ def validate(
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Score a model on a split: per-case Dice, mean, standard deviation and range."""
+    """Score a model on a split: per-case Dice, mean, standard deviation, range; lesions where the recipe has them."""
     if split not in SPLITS:
         raise CtsegError(f"--split {split}: expected one of {', '.join(SPLITS)}")
     path = resolve_model(model)
@@ -85,4 +86,18 @@ def _find_cases(
 
 
 def _text(evaluation: Evaluation, model: Path, folder: Path) -> str:
-    return f"model {model}\n\n{score_table(evaluation)}\ntables in {folder}"
+    lesions = "" if evaluation.lesions is None else f"\n\n{_lesion_table(evaluation.lesions)}\n"
+    return f"model {model}\n\n{score_table(evaluation)}{lesions}\ntables in {folder}"
+
+
+def _lesion_table(lesions: LesionScores) -> str:
+    """Lesions by volume class, and false positives; the definitions stand in `lesions.py`."""
+    rows = [(s.structure, s.volume_ml, s.lesions, s.found, s.sensitivity, s.mean_dice) for s in lesions.summaries]
+    table = render_table(("lesions of", "volume_ml", "lesions", "found", "sensitivity", "mean_dice"), rows)
+    false_positives = [
+        f"{s.structure}: {s.false_positives_per_case:.2f} false positives per case"
+        for s in lesions.summaries
+        if s.false_positives_per_case is not None
+    ]
+    rule = f"a lesion is a 26-connected part of the label, found when the mask covers {lesions.min_overlap:.0%} of it"
+    return "\n".join([table, "", *false_positives, rule])

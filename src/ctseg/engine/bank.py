@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from ctseg.sampling import CaseArrays
 from ctseg.specs import Preprocess
 from ctseg.volume import Volume
 
-FORMAT = 1
+FORMAT = 2
 GPU_SHARE = 0.5
 """The bank moves to the GPU when it needs at most this share of the free memory there."""
 
@@ -100,7 +100,7 @@ def prepare_bank(
 
 def open_bank(cases: tuple[Case, ...], folder: Path, device: torch.device) -> list[CaseArrays]:
     """The prepared cases, in order: on a GPU when all fit into GPU_SHARE of its free memory, else memory-mapped."""
-    host = [_open_case(case_folder(folder, case), case.name) for case in cases]
+    host = [_open_case(case_folder(folder, case), case) for case in cases]
     if device.type != "cuda":
         return host
     needed = sum(c.host_image.nbytes + c.host_label.nbytes for c in host)
@@ -108,8 +108,26 @@ def open_bank(cases: tuple[Case, ...], folder: Path, device: torch.device) -> li
     return [_on_device(c, device) for c in host] if needed <= GPU_SHARE * free else host
 
 
-def read_case(case: Case) -> tuple[Volume, Volume]:
-    """The case's image and label, known to lie on one grid.
+def bank_fingerprint(cases: tuple[Case, ...], folder: Path) -> str:
+    """A digest of the prepared cases' names, voxels and weights; the same wherever the bank lies.
+
+    Raises:
+        CtsegError: if a case is not prepared.
+    """
+    parts = [[case.name, _description(case_folder(folder, case))["sha256"], case.weight] for case in cases]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _description(folder: Path) -> dict[str, Any]:
+    try:
+        description: dict[str, Any] = json.loads((folder / "case.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CtsegError(f"prepared case '{folder}': cannot be read ({error}); delete it and prepare again") from error
+    return description
+
+
+def read_case(case: Case, binarize_labels: bool = False) -> tuple[Volume, Volume]:
+    """The case's image and label, known to lie on one grid; with `binarize_labels` every value above 0 becomes 1.
 
     Raises:
         ImageError: if either cannot be read or their grids differ.
@@ -121,7 +139,7 @@ def read_case(case: Case) -> tuple[Volume, Volume]:
         raise ImageError(
             f"'{case.label}' does not lie on its image's grid: label {_grid(labels)}, image {_grid(image)}"
         )
-    return image, labels
+    return image, Volume((labels.array > 0).astype(np.uint8), labels.geometry) if binarize_labels else labels
 
 
 def _grid(volume: Volume) -> str:
@@ -145,7 +163,7 @@ def _is_ready(folder: Path, case: Case) -> bool:
 
 def _prepare_case(folder: Path, case: Case, spec: Preprocess, num_labels: int) -> None:
     source = _fingerprint(case)
-    image, labels = read_case(case)
+    image, labels = read_case(case, spec.binarize_labels)
     highest = int(labels.array.max())
     if highest > num_labels:
         raise ImageError(f"'{case.label}': label value {highest}, but the recipe has values 1..{num_labels}")
@@ -160,7 +178,15 @@ def _prepare_case(folder: Path, case: Case, spec: Preprocess, num_labels: int) -
         "label": label_XYZ,
         "foreground": np.flatnonzero(label_XYZ).astype(np.int32),
     }
-    _write_case(folder, case, arrays, {"source": source, "shape": list(image_XYZ.shape)})
+    description = {"source": source, "shape": list(image_XYZ.shape), "sha256": _digest(arrays)}
+    _write_case(folder, case, arrays, description)
+
+
+def _digest(arrays: dict[str, NDArray[Any]]) -> str:
+    digest = hashlib.sha256()
+    for array in arrays.values():
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
 
 
 def _foreground_box(image_XYZ: NDArray[np.float32]) -> tuple[slice, ...]:
@@ -189,12 +215,13 @@ def _write_case(folder: Path, case: Case, arrays: dict[str, NDArray[Any]], descr
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _open_case(folder: Path, name: str) -> CaseArrays:
+def _open_case(folder: Path, case: Case) -> CaseArrays:
     try:
         image, label, foreground = (_map_array(folder / f"{part}.npy") for part in ("image", "label", "foreground"))
     except (OSError, ValueError, EOFError) as error:
         raise CtsegError(f"prepared case '{folder}': cannot be read ({error}); delete it and prepare again") from error
-    return CaseArrays(name, torch.from_numpy(image), torch.from_numpy(label), image, label, foreground)
+    tensors = torch.from_numpy(image), torch.from_numpy(label)
+    return CaseArrays(case.name, *tensors, image, label, foreground, case.weight)
 
 
 def _map_array(path: Path) -> NDArray[Any]:
@@ -206,5 +233,4 @@ def _map_array(path: Path) -> NDArray[Any]:
 
 
 def _on_device(case: CaseArrays, device: torch.device) -> CaseArrays:
-    image, label = case.image_XYZ.to(device), case.label_XYZ.to(device)
-    return CaseArrays(case.name, image, label, case.host_image, case.host_label, case.foreground)
+    return replace(case, image_XYZ=case.image_XYZ.to(device), label_XYZ=case.label_XYZ.to(device))

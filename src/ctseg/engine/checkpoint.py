@@ -1,16 +1,19 @@
 """Checkpoints: plain data, written whole or not at all, read without pickle.
 
-Two files in a run folder: `last.pt` holds all that training needs to go on, `best.pt` the weights with the highest
-validation score. Both carry their recipe. `torch.load(weights_only=True)` reads them: tensors, numbers, strings, lists
-and dictionaries, no code.
+In a run folder `last.pt` holds all that training needs to go on, `previous.pt` the same an epoch or a stop earlier,
+`best.pt` the weights with the highest validation score, and `start.pt` those that a fine-tuning begins with. All carry
+their recipe. `torch.load(weights_only=True)` reads them: tensors, numbers, strings, lists and dictionaries, no code.
+torch itself does not notice a changed byte among the weights; here the file's own checksums are compared first.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import os
 import pickle
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +21,11 @@ import torch
 
 import ctseg
 from ctseg.errors import ModelError
-from ctseg.files import atomic_path
+from ctseg.files import atomic_path, output_errors
 
 FORMAT = "ctseg-checkpoint"
 VERSION = 1
-BEST, LAST = "best.pt", "last.pt"
+BEST, LAST, PREVIOUS, START = "best.pt", "last.pt", "previous.pt", "start.pt"
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
@@ -31,6 +34,41 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     torch.save({"format": FORMAT, "version": VERSION, "ctseg": ctseg.__version__, **content}, buffer)
     with atomic_path(path) as temporary:
         temporary.write_bytes(buffer.getbuffer())
+
+
+def keep_previous(run: Path) -> None:
+    """Lets the last checkpoint stand as the previous one too, so that a new last one can replace it."""
+    last, linked = run / LAST, run / f".{PREVIOUS}.{os.getpid()}.tmp"
+    if not last.exists():
+        return
+    with output_errors(run / PREVIOUS):
+        linked.unlink(missing_ok=True)
+        try:
+            os.link(last, linked)
+        except OSError:  # a file system without hard links
+            last.replace(linked)
+        linked.replace(run / PREVIOUS)
+
+
+def read_newest(run: Path) -> tuple[dict[str, Any] | None, str]:
+    """What the run goes on from, None if it has not come to its first checkpoint, and a warning or "".
+
+    A damaged last checkpoint is replaced by the previous one: training repeats what lies between.
+
+    Raises:
+        ModelError: if there are checkpoints but none can be read.
+    """
+    warning = ""
+    for name in (LAST, PREVIOUS):
+        if not (run / name).exists():
+            continue
+        try:
+            return read_checkpoint(run / name), warning
+        except ModelError as error:
+            warning = f"{error}; going on from the one before it" if name == LAST else f"{warning}; {error}"
+    if warning:
+        raise ModelError(f"no checkpoint of run '{run}' can be read: {warning}")
+    return None, ""
 
 
 def read_checkpoint(path: Path, device: torch.device | None = None) -> dict[str, Any]:
@@ -42,6 +80,7 @@ def read_checkpoint(path: Path, device: torch.device | None = None) -> dict[str,
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about foreign pickles, which are refused anyway
+            _compare_checksums(path)
             content = torch.load(path, map_location=device or "cpu", weights_only=True)
     except FileNotFoundError as error:
         raise ModelError(f"checkpoint '{path}': no such file") from error
@@ -54,6 +93,17 @@ def read_checkpoint(path: Path, device: torch.device | None = None) -> dict[str,
     if content.get("version") != VERSION:
         raise ModelError(f"checkpoint '{path}': format version {content.get('version')}, this ctseg reads {VERSION}")
     return content
+
+
+def _compare_checksums(path: Path) -> None:
+    """Raises ValueError if a part of the file is not what was written; other kinds of file are left to torch."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("its parts are compressed, as torch never does")
+            part = archive.testzip()
+        if part is not None:
+            raise ValueError(f"checksum of {part} is wrong")
 
 
 def file_sha256(path: Path) -> str:

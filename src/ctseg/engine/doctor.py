@@ -13,7 +13,8 @@ import psutil
 import torch
 
 import ctseg
-from ctseg.engine.runtime import available_cpus, cpu_has_bfloat16
+from ctseg.engine.runtime import cpu_has_bfloat16
+from ctseg.limits import available_cpus, memory_limit
 
 LIBRARIES = ("torch", "monai", "SimpleITK", "nibabel", "isal", "numpy", "onnxruntime", "tensorboard")
 MIN_MEMORY_GB = 4.0
@@ -95,18 +96,11 @@ def _bfloat16() -> Check:
 
 def _memory() -> Check:
     total = psutil.virtual_memory().total
-    limit = _cgroup_memory_limit()
-    usable = min(total, limit) if limit else total
-    source = " (cgroup limit)" if limit and limit < total else ""
+    usable, source = min((total, ""), memory_limit() or (total, ""))
+    named = f" ({source})" if source else ""
     low = usable / 1e9 < MIN_MEMORY_GB
     advice = f"a 512x512 CT may need {MIN_MEMORY_GB:g} GB" if low else ""
-    return Check("memory", "warning" if low else "ok", f"{usable / 1e9:.1f} GB{source}", advice)
-
-
-def _cgroup_memory_limit() -> int | None:
-    file = Path("/sys/fs/cgroup/memory.max")
-    text = file.read_text().strip() if file.is_file() else "max"
-    return int(text) if text.isdigit() else None
+    return Check("memory", "warning" if low else "ok", f"{usable / 1e9:.1f} GB{named}", advice)
 
 
 def _gpus() -> list[Check]:

@@ -7,6 +7,9 @@ Rules for what cannot be scored, the same everywhere:
 - A label without a single voxel of a structure: Dice is undefined (None) there and left out of mean, sd and range;
   the predicted volume is still reported, as it is all false positive.
 - An empty mask where the label has voxels: Dice is 0 and counts.
+
+Where the recipe asks for it, every lesion is scored too (`lesions.py` has the definitions); cases that failed are left
+out there.
 """
 
 from __future__ import annotations
@@ -24,11 +27,13 @@ from ctseg.engine.model import Model
 from ctseg.engine.predict import predict, scores_from_logits, window_logits
 from ctseg.errors import CtsegError
 from ctseg.files import make_folder, write_csv, write_json
+from ctseg.lesions import CaseLesions, Lesion, LesionSummary, match_lesions, summarise_lesions, volume_class
 from ctseg.manifest import Case
 from ctseg.metrics import dice, mean_or_none, sd_or_none
 from ctseg.progress import Progress
 from ctseg.report.overlay import draw_overlay
 from ctseg.sampling import CaseArrays
+from ctseg.specs import LesionSpec
 
 
 @dataclass(frozen=True)
@@ -59,11 +64,53 @@ class Summary:
 
 
 @dataclass(frozen=True)
+class LesionScores:
+    """Scores of single lesions: for each case and structure, and their summaries by volume class.
+
+    `volume_limits_ml` and `min_overlap` are the recipe's, so that a table says what its figures mean.
+    """
+
+    volume_limits_ml: tuple[float, ...]
+    min_overlap: float
+    cases: tuple[CaseLesions, ...]
+    summaries: tuple[LesionSummary, ...]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row for each lesion."""
+        return [
+            {
+                "case": case.case,
+                "structure": case.structure,
+                "volume_class_ml": volume_class(lesion.volume_ml, self.volume_limits_ml),
+                **dataclasses.asdict(lesion),
+            }
+            for case in self.cases
+            for lesion in case.lesions
+        ]
+
+    def counts(self, case: str, structure: str) -> dict[str, Any]:
+        """The lesion columns of one row of `cases.csv`; all None where the case failed."""
+        own = next((c for c in self.cases if (c.case, c.structure) == (case, structure)), None)
+        return {
+            "lesions": None if own is None else len(own.lesions),
+            "lesions_found": None if own is None else own.found,
+            "lesion_sensitivity": None if own is None else own.sensitivity,
+            "false_positives": None if own is None else own.false_positives,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        cases = [{**dataclasses.asdict(c), "found": c.found, "sensitivity": c.sensitivity} for c in self.cases]
+        return {**dataclasses.asdict(self), "cases": cases}
+
+
+@dataclass(frozen=True)
 class Evaluation:
-    """Per-case scores and their summaries, one for each structure of the recipe."""
+    """Per-case scores and their summaries, one for each structure of the recipe; `lesions` where it asks for them."""
 
     scores: tuple[CaseScore, ...]
     summaries: tuple[Summary, ...]
+    lesions: LesionScores | None = None
 
     @property
     def failed(self) -> tuple[CaseScore, ...]:
@@ -77,37 +124,50 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return {"mean_dice": self.mean_dice, **dataclasses.asdict(self)}
+        lesions = None if self.lesions is None else self.lesions.to_dict()
+        return {"mean_dice": self.mean_dice, **dataclasses.asdict(self), "lesions": lesions}
 
 
 def evaluate(model: Model, cases: tuple[Case, ...], progress: Progress, overlays: Path | None = None) -> Evaluation:
     """Dice of every structure and case on the label's own native grid; pictures in the folder `overlays` if given."""
     scores: list[CaseScore] = []
+    lesions: list[CaseLesions] = []
     progress.start(f"validating {model.recipe.name}", len(cases))
     for case in cases:
-        scores.extend(score_case(model, case, overlays))
+        own_scores, own_lesions = _score_case(model, case, overlays)
+        scores.extend(own_scores)
+        lesions.extend(own_lesions)
         progress.advance(_detail(scores[-1]))
     progress.finish()
     structures = tuple(model.recipe.labels.values())
-    return Evaluation(tuple(scores), tuple(summarise(name, scores) for name in structures))
+    return Evaluation(
+        tuple(scores),
+        tuple(summarise(name, scores) for name in structures),
+        _lesion_scores(model.recipe.lesions, structures, lesions) if model.recipe.lesions is not None else None,
+    )
 
 
 def score_case(model: Model, case: Case, overlays: Path | None = None) -> list[CaseScore]:
     """The scores of one case, or one failed entry for each structure; `CASE.png` in `overlays` if given."""
+    return _score_case(model, case, overlays)[0]
+
+
+def _score_case(model: Model, case: Case, overlays: Path | None) -> tuple[list[CaseScore], list[CaseLesions]]:
+    """The scores of one case and its lesions, none of these if the case failed or the recipe does not ask for them."""
     started = time.perf_counter()
     structures = {int(value): name for value, name in model.recipe.labels.items()}
     try:
-        image, labels = read_case(case)
+        image, labels = read_case(case, model.recipe.preprocess.binarize_labels)
         mask = predict(model, image)
     except CtsegError as error:
         seconds = time.perf_counter() - started
-        return [CaseScore(case.name, name, None, None, None, seconds, str(error)) for name in structures.values()]
+        return [CaseScore(case.name, name, None, None, None, seconds, str(error)) for name in structures.values()], []
     voxel_ml = image.geometry.voxel_volume_ml
     seconds = time.perf_counter() - started
     if overlays is not None:
         path = make_folder(overlays) / f"{case.name}.png"
         draw_overlay(path, image, mask, labels.array, model.recipe.preprocess.hu_window, case.name)
-    return [
+    scores = [
         CaseScore(
             case=case.name,
             structure=name,
@@ -118,6 +178,18 @@ def score_case(model: Model, case: Case, overlays: Path | None = None) -> list[C
         )
         for value, name in structures.items()
     ]
+    spec = model.recipe.lesions
+    if spec is None:
+        return scores, []
+    return scores, [
+        CaseLesions(case.name, name, *match_lesions(mask, labels.array, voxel_ml, spec.min_overlap, value))
+        for value, name in structures.items()
+    ]
+
+
+def _lesion_scores(spec: LesionSpec, structures: tuple[str, ...], cases: list[CaseLesions]) -> LesionScores:
+    summaries = [row for name in structures for row in summarise_lesions(name, cases, spec.volume_limits_ml)]
+    return LesionScores(spec.volume_limits_ml, spec.min_overlap, tuple(cases), tuple(summaries))
 
 
 def summarise(structure: str, scores: list[CaseScore]) -> Summary:
@@ -138,10 +210,21 @@ def summarise(structure: str, scores: list[CaseScore]) -> Summary:
 
 
 def write_evaluation(folder: Path, evaluation: Evaluation, model: Path, split: str) -> None:
-    """Writes `cases.csv` (a row for each case and structure) and `summary.json` into `folder`."""
+    """Writes `cases.csv` (a row for each case and structure) and `summary.json` into `folder`.
+
+    Where lesions were scored, `cases.csv` has their counts and `lesions.csv` a row for each lesion.
+    """
     make_folder(folder)
+    rows = [dataclasses.asdict(score) for score in evaluation.scores]
     columns = [field.name for field in dataclasses.fields(CaseScore)]
-    write_csv(folder / "cases.csv", columns, [dataclasses.asdict(s) for s in evaluation.scores])
+    lesions = evaluation.lesions
+    if lesions is not None:
+        counts = [lesions.counts(score.case, score.structure) for score in evaluation.scores]
+        rows = [{**row, **own} for row, own in zip(rows, counts, strict=True)]
+        columns += list(lesions.counts("", ""))
+        lesion_columns = ["case", "structure", "volume_class_ml", *(f.name for f in dataclasses.fields(Lesion))]
+        write_csv(folder / "lesions.csv", lesion_columns, lesions.rows())
+    write_csv(folder / "cases.csv", columns, rows)
     write_json(folder / "summary.json", {"model": str(model), "split": split, **evaluation.to_dict()})
 
 

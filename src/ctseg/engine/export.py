@@ -1,4 +1,4 @@
-"""Export to TorchScript and ONNX: the recipe inside the file, and proof that it gives the eager model's answer.
+"""Export to TorchScript, ONNX and MONAI bundles: the recipe inside, and proof that they give the eager model's answer.
 
 The proof runs both on windows of real size cut from a made CT, prepared as the recipe says, and compares logits and
 the labels that follow from them. A file that is out of tolerance is not kept.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ctseg.engine.bundle import bundle_forward, staging_folder, write_bundle
 from ctseg.engine.model import RECIPE_ENTRY, Forward, forward_of, load_model, load_network
 from ctseg.engine.predict import window_starts
 from ctseg.engine.runtime import Runtime
 from ctseg.errors import CtsegError, ModelError
-from ctseg.files import atomic_path, make_folder
+from ctseg.files import atomic_path, make_folder, output_errors
 from ctseg.preprocess import prepare
 from ctseg.recipe import Recipe
 from ctseg.sampling import cut_patch
@@ -70,11 +72,34 @@ def export(checkpoint: Path, file_format: str, output: Path, runtime: Runtime) -
         try:
             convert = _to_torchscript if file_format == "torchscript" else _to_onnx
             staged.write_bytes(convert(network, example, json.dumps(recipe.to_dict())))
-            report = _compare(forward_of(network, runtime), staged, recipe, runtime, file_format)
+            exported = load_model(staged, runtime).forward
+            report = _compare(forward_of(network, runtime), exported, recipe, runtime, file_format)
             staged.rename(temporary)
         finally:
             staged.unlink(missing_ok=True)
     return ExportReport(path=output, format=file_format, input_shape=tuple(example.shape), **report)
+
+
+def export_bundle(checkpoint: Path, output: Path, runtime: Runtime) -> ExportReport:
+    """Writes the checkpoint's network as the MONAI bundle `output` and proves it equal to the eager one.
+
+    Raises:
+        CtsegError: if `output` exists.
+        ModelError: if the checkpoint cannot be read or the bundle's answer is out of tolerance.
+    """
+    recipe, network = load_network(checkpoint)
+    network.eval()
+    staged = staging_folder(output)
+    try:
+        write_bundle(staged, recipe, network)
+        exported = bundle_forward(staged, recipe, runtime)
+        report = _compare(forward_of(network, runtime), exported, recipe, runtime, "bundle")
+        with output_errors(output):
+            staged.rename(output)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    shape = (1, 1, *recipe.inference.window_size)
+    return ExportReport(path=output, format="bundle", input_shape=shape, **report)
 
 
 def _to_torchscript(network: nn.Module, example: Tensor, recipe: str) -> bytes:
@@ -109,9 +134,8 @@ def _to_onnx(network: nn.Module, example: Tensor, recipe: str) -> bytes:
     return content
 
 
-def _compare(eager: Forward, path: Path, recipe: Recipe, runtime: Runtime, file_format: str) -> dict[str, Any]:
+def _compare(eager: Forward, exported: Forward, recipe: Recipe, runtime: Runtime, file_format: str) -> dict[str, Any]:
     """The measured fields of an ExportReport."""
-    exported = load_model(path, runtime).forward
     windows = _probe_windows(recipe, runtime)
     largest, difference, agreeing, voxels = 0.0, 0.0, 0, 0
     for window in windows:

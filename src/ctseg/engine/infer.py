@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +15,17 @@ import numpy as np
 from ctseg.engine.model import Model
 from ctseg.engine.predict import OnWindow, predict
 from ctseg.engine.runtime import memory_errors
-from ctseg.errors import CtsegError, ImageError, NotEnoughMemory
+from ctseg.errors import CtsegError, ImageError, NotEnoughMemory, Stopped
 from ctseg.files import make_folder, output_errors, write_csv, write_json
 from ctseg.io.images import read_image, write_labels
-from ctseg.jobs import FAILURES, Job
+from ctseg.jobs import Job, Shard
 from ctseg.manifest import IMAGE_SUFFIXES, image_stem
 from ctseg.progress import Progress
 from ctseg.report.overlay import draw_overlay
 
 RECORD = "ctseg_model.json"
 """Names the model whose masks a folder holds."""
+WHOLE = Shard()
 
 
 @dataclass(frozen=True)
@@ -47,22 +48,33 @@ def infer(
     *,
     overwrite: bool = False,
     overlays: bool = False,
+    shard: Shard = WHOLE,
+    stop_requested: Callable[[], bool] = lambda: False,
 ) -> list[Outcome]:
-    """Writes the mask of every job that is not done yet; one outcome for each, in order.
+    """Writes the mask of every job of `shard` that is not done yet; one outcome for each, in order.
 
-    A mask is done when it is there and not older than its CT. Failed ones are listed in `failures.csv`.
+    A mask is done when it is there and not older than its CT. Failed ones are listed in `failures.csv`. A shard
+    never replaces another model's masks: what it took for old ones could be another shard's new ones.
 
     Raises:
         OutputError: if masks cannot be written; finished ones stay.
         CtsegError: if `output` holds another model's masks, unless `overwrite` is on and `jobs` replace them all.
+        Stopped: after a stop request, which is looked for after every window; finished masks stay.
     """
     make_folder(output)
-    _claim(output, model, jobs, overwrite)
-    outcomes = []
-    progress.start(f"segmenting with {model.recipe.name}", len(jobs))
-    for job in jobs:
-        outcomes.append(_run(model, job, progress, overwrite, overlays))
-        _record_failures(output, outcomes[-1])
+    mine = shard.take(jobs)
+    _claim(output, model, mine, overwrite and shard.count == 1)
+    outcomes: list[Outcome] = []
+
+    def stop() -> None:
+        if stop_requested():
+            raise Stopped(f"stopped by a signal after {len(outcomes)} of {len(mine)} CTs; the same command goes on")
+
+    progress.start(f"segmenting with {model.recipe.name}", len(mine))
+    for job in mine:
+        stop()
+        outcomes.append(_run(model, job, progress, overwrite, overlays, stop))
+        _record_failures(output / shard.failures, outcomes[-1])
         progress.advance(f"{job.image.name}: {outcomes[-1].error or outcomes[-1].status}")
     progress.finish()
     return outcomes
@@ -82,7 +94,7 @@ def _claim(output: Path, model: Model, jobs: list[Job], overwrite: bool) -> None
             whose = ", ".join(str(present[key]) for key in ("recipe", "model") if key in present)
             raise CtsegError(
                 f"'{output}' holds masks of another model ({whose or 'of unknown origin'}); "
-                f"choose another --output, or --overwrite to replace them"
+                f"choose another --output, or --overwrite (without --shard) to replace them"
             )
         replaced = {job.mask for job in jobs}
         masks = (path for path in sorted(output.rglob("*_seg.*")) if path.name.lower().endswith(IMAGE_SUFFIXES))
@@ -99,8 +111,11 @@ def _claim(output: Path, model: Model, jobs: list[Job], overwrite: bool) -> None
 
 
 @contextmanager
-def show_windows(progress: Progress, name: str) -> Iterator[OnWindow]:
-    """Progress through one CT, as a task below the running one; the task ends with the context, whatever happens."""
+def show_windows(progress: Progress, name: str, stop: Callable[[], None] = lambda: None) -> Iterator[OnWindow]:
+    """Progress through one CT, as a task below the running one; the task ends with the context, whatever happens.
+
+    `stop` is called after every window and may raise.
+    """
     started = False
 
     def on_window(done: int, total: int) -> None:
@@ -109,6 +124,7 @@ def show_windows(progress: Progress, name: str) -> Iterator[OnWindow]:
             progress.start(name, total)
             started = True
         progress.advance()
+        stop()
 
     try:
         yield on_window
@@ -117,14 +133,16 @@ def show_windows(progress: Progress, name: str) -> Iterator[OnWindow]:
             progress.finish()
 
 
-def _run(model: Model, job: Job, progress: Progress, overwrite: bool, overlays: bool) -> Outcome:
+def _run(
+    model: Model, job: Job, progress: Progress, overwrite: bool, overlays: bool, stop: Callable[[], None]
+) -> Outcome:
     if not overwrite and _is_done(job):
         return Outcome(job.image, job.mask, "skipped", {}, 0.0)
     started = time.perf_counter()
     try:
         with memory_errors(f"'{job.image}'", model.runtime.device):
             volume = read_image(job.image)
-        with show_windows(progress, job.image.name) as on_window:
+        with show_windows(progress, job.image.name, stop) as on_window:
             mask = predict(model, volume, on_window)
     except (ImageError, NotEnoughMemory) as error:
         text = str(error) if str(job.image) in str(error) else f"'{job.image}': {error}"
@@ -146,9 +164,9 @@ def _is_done(job: Job) -> bool:
         return False
 
 
-def _record_failures(output: Path, outcome: Outcome) -> None:
+def _record_failures(path: Path, outcome: Outcome) -> None:
     """Brings `failures.csv` up to date after each file: its row comes, goes or stays; without rows there is no file."""
-    path, image = output / FAILURES, str(outcome.image)
+    image = str(outcome.image)
     before = _read_failures(path)
     rows = [row for row in before if row["image"] != image]
     if outcome.status == "failed":

@@ -63,7 +63,7 @@ def forward_of(network: nn.Module, runtime: Runtime) -> Forward:
 
 
 def load_network(path: Path) -> tuple[Recipe, nn.Module]:
-    """The recipe and the network with weights of a checkpoint, on the CPU.
+    """The recipe and the network with weights of a checkpoint, their moving average if it has one, on the CPU.
 
     Raises:
         ModelError: if the checkpoint is damaged or its weights do not fit its recipe.
@@ -72,7 +72,7 @@ def load_network(path: Path) -> tuple[Recipe, nn.Module]:
     recipe = recipe_from_dict(content.get("recipe"), f"recipe inside '{path}'")
     try:
         network = network_for(recipe)
-        network.load_state_dict(content["model"])
+        network.load_state_dict(content.get("average") or content["model"])
     except (KeyError, RuntimeError, TypeError, AttributeError) as error:
         raise ModelError(f"checkpoint '{path}': its weights do not fit its recipe's network") from error
     return recipe, network

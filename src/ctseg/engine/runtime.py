@@ -7,23 +7,29 @@ import os
 import platform
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
-from ctseg.errors import DeviceError, NotEnoughMemory
+from ctseg import slurm
+from ctseg.errors import DeviceError, NotEnoughMemory, PeerLost, Stopped
+from ctseg.limits import available_cpus
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 COLLECTIVE_TIMEOUT = timedelta(days=1)
 """How long a process waits for the others: one may prepare a large data set alone. Elastic ends those that lost one."""
+MEETING_TIMEOUT = timedelta(minutes=10)
+"""How long the processes wait for each other at the start, when none has anything long to do."""
+PEER_GRACE_SECONDS = 2.0
+"""A process that lost another one ends this much later: what started them then sees the one that failed first."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +60,17 @@ class Runtime:
         """True in every process as soon as it is true in one."""
         if self.world_size == 1:
             return flag
-        value = torch.tensor(float(flag), device=self.device)
+        value = torch.tensor(float(flag))  # on the host, so that no GPU is waited for
         distributed.all_reduce(value, op=distributed.ReduceOp.MAX)
         return bool(value.item())
+
+    def add_up(self, sums: Tensor) -> Tensor:
+        """The sum over processes of `sums`; its gradient is that of this process's own part."""
+        if self.world_size == 1:
+            return sums
+        total = sums.detach().clone()
+        distributed.all_reduce(total)
+        return sums + (total - sums.detach())
 
     def gather(self, value: Any) -> list[Any]:
         """Every process's `value`, in order of rank."""
@@ -88,25 +102,30 @@ class Runtime:
         return f"{self.device} ({name}), {self.precision}{processes}"
 
 
-def start_runtime(device: str = "auto", precision: str = "auto", *, amp: bool = False) -> Runtime:
+def start_runtime(device: str = "auto", precision: str = "auto", *, amp: bool = False, alone: bool = False) -> Runtime:
     """The runtime for this process: threads and allocator set, process group joined if launched as one of several.
+
+    Launched by torchrun, by `--gpus` or as one of several tasks of one srun.
 
     Args:
         device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N".
         precision: One of PRECISIONS. "auto" is float16 on CUDA when `amp`, float32 otherwise.
         amp: Whether the recipe wants mixed precision on CUDA.
+        alone: Work that processes share without ever talking to each other: no process group is joined.
 
     Raises:
         DeviceError: if the device or precision is not to be had here.
+        PeerLost: if the other processes are not to be found.
     """
+    slurm.join(os.environ)
     tune_allocator()
-    torch.set_num_threads(max(1, available_cpus() // local_world_size()))
+    torch.set_num_threads(threads_of_process())
     chosen = _choose_device(device)
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = (0, 1) if alone else (int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
     if world_size > 1 and not distributed.is_initialized():
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
-        distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
+        _join_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", rank, world_size)
     amp_dtype = _choose_precision(precision, chosen, amp)
     torch.backends.cudnn.allow_tf32 = amp_dtype is not None  # float32 means float32, not TF32's ten bits
     return Runtime(chosen, amp_dtype, rank, world_size)
@@ -125,13 +144,43 @@ def memory_errors(subject: str, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def running(device: str = "auto", precision: str = "auto", *, amp: bool = False) -> Iterator[Runtime]:
-    """`start_runtime`, and the process group left again at the end."""
+def running(
+    device: str = "auto", precision: str = "auto", *, amp: bool = False, alone: bool = False
+) -> Iterator[Runtime]:
+    """`start_runtime`, and the process group left again at the end; the end of another process is PeerLost."""
     try:
-        yield start_runtime(device, precision, amp=amp)
+        yield start_runtime(device, precision, amp=amp, alone=alone)
+    except RuntimeError as error:
+        if not _tells_of_lost_peer(error):
+            raise
+        time.sleep(PEER_GRACE_SECONDS)
+        raise PeerLost("another process of this run has ended; its error is above or in its own log") from error
     finally:
         if distributed.is_initialized():
             distributed.destroy_process_group()
+
+
+def _join_group(backend: str, rank: int, world_size: int) -> None:
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's agents have met already
+        distributed.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+        return
+    host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    if not host or not port.isdecimal():
+        raise PeerLost(f"{world_size} processes, but MASTER_ADDR and MASTER_PORT do not say where the first one is")
+    try:
+        store = distributed.TCPStore(host, int(port), world_size, rank == 0, MEETING_TIMEOUT)  # type: ignore[attr-defined]  # documented
+    except distributed.DistError as error:
+        raise PeerLost(
+            f"process {rank + 1} of {world_size} did not meet the others at {host}:{port}; see their logs, or set "
+            f"MASTER_ADDR and MASTER_PORT to where the first process can listen"
+        ) from error
+    store.set_timeout(COLLECTIVE_TIMEOUT)
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
+
+
+def _tells_of_lost_peer(error: RuntimeError) -> bool:
+    """Whether it is about the connection to another process; gloo raises RuntimeErrors that name its own files."""
+    return isinstance(error, distributed.DistError) or "gloo" in str(error)
 
 
 def _choose_device(name: str) -> torch.device:
@@ -146,7 +195,8 @@ def _choose_device(name: str) -> torch.device:
     if device.type != "cuda":
         raise DeviceError(f"device '{name}': ctseg runs on cpu and cuda")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    index = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", 0))
+    only = count == 1 and slurm.num_tasks(os.environ) > 1  # Slurm may show each task its own GPU and no other
+    index = device.index if device.index is not None else 0 if only else int(os.environ.get("LOCAL_RANK", 0))
     if index >= count:
         raise DeviceError(f"device 'cuda:{index}': {count} CUDA GPU(s) here; use --device cpu or a free GPU's number")
     return torch.device("cuda", index)
@@ -172,23 +222,11 @@ def cpu_has_bfloat16() -> bool:
     return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
 
 
-def available_cpus() -> int:
-    """CPUs this process may use: affinity, cgroup quota and Slurm's share, whichever is smallest."""
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    limits = [affinity]
-    if os.environ.get("SLURM_CPUS_PER_TASK", "").isdigit():
-        limits.append(int(os.environ["SLURM_CPUS_PER_TASK"]))
-    quota = Path("/sys/fs/cgroup/cpu.max")
-    if quota.is_file():
-        allowed, _, period = quota.read_text().partition(" ")
-        if allowed.isdigit():
-            limits.append(int(allowed) // int(period))
-    return max(1, min(limits))
-
-
-def local_world_size() -> int:
-    """Processes of this run on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+def threads_of_process() -> int:
+    """CPUs for this process: torchrun and `--gpus` share theirs out, Slurm has given each of its tasks its own."""
+    started_by_srun = slurm.num_tasks(os.environ) > 1 and "TORCHELASTIC_RUN_ID" not in os.environ
+    sharing = 1 if started_by_srun else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, available_cpus() // sharing)
 
 
 def tune_allocator() -> None:
@@ -206,7 +244,11 @@ def tune_allocator() -> None:
 
 @contextmanager
 def stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """A function that says whether SIGTERM, SIGINT or SIGUSR1 has come; a second SIGINT interrupts at once."""
+    """A function that says whether SIGTERM, SIGINT or SIGUSR1 has come; a second SIGINT interrupts at once.
+
+    After Stopped the process is on its way out and deaf to SIGTERM and SIGUSR1: srun sends SIGTERM to all as soon as
+    the first one has ended, and a death by it would hide the exit code that says everything is saved.
+    """
     stopping = threading.Event()
 
     def handle(number: int, _frame: FrameType | None) -> None:
@@ -220,6 +262,9 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
     previous = {number: signal.signal(number, handle) for number in STOP_SIGNALS}
     try:
         yield stopping.is_set
+    except Stopped:
+        previous |= {signal.SIGTERM: signal.SIG_IGN, signal.SIGUSR1: signal.SIG_IGN}
+        raise
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from ctseg.engine.bank import bank_folder, open_bank, prepare_bank
-from ctseg.engine.checkpoint import BEST, LAST
-from ctseg.engine.fit import Trainer, fit
-from ctseg.engine.runtime import Runtime
+from ctseg.engine.bank import bank_fingerprint, bank_folder, open_bank, prepare_bank
+from ctseg.engine.checkpoint import BEST, LAST, START, save_checkpoint
+from ctseg.engine.determinism import set_determinism
+from ctseg.engine.fit import fit
+from ctseg.engine.memory import fit_into_memory, peak_memory_bytes
+from ctseg.engine.runtime import Runtime, memory_errors
+from ctseg.engine.trainer import Trainer
 from ctseg.errors import CtsegError, Stopped
+from ctseg.files import make_folder
 from ctseg.manifest import Manifest, check_files, read_manifest
 from ctseg.progress import Progress
 from ctseg.recipe import Recipe
-from ctseg.workspace import DATA_FILE, PREPARED, start_run
+from ctseg.workspace import DATA_FILE, PREPARED, RECIPE_FILE, replace_recipe, start_run
 
 FindData = Callable[[Progress], Manifest]
 """Finds (or makes) the cases; asked only in the main process and only for a new run."""
@@ -30,6 +35,8 @@ class TrainResult:
     loss: float
     best_epoch: int | None
     best_mean_dice: float | None
+    peak_memory_gb: float
+    """Of the GPU where there is one, else of the process."""
 
 
 def train(
@@ -40,8 +47,27 @@ def train(
     progress: Progress,
     prepared: Path = PREPARED,
     stop_requested: Callable[[], bool] = lambda: False,
+    *,
+    start: dict[str, Any] | None = None,
+    change_recipe: bool = False,
+    max_gpu_bytes: int | None = None,
+    mlflow_uri: str | None = None,
 ) -> TrainResult:
-    """Trains `recipe` in `run` to its last epoch; `find_data` None resumes the run that lies there.
+    """Trains `recipe` in `run` to its end; `find_data` None resumes the run that lies there.
+
+    Args:
+        recipe: For a resumed run its own, unless `change_recipe`.
+        run: The run folder.
+        find_data: See FindData.
+        runtime: Where to compute.
+        progress: Told of every epoch.
+        prepared: Where prepared cases lie.
+        stop_requested: Asked often; see `fit`.
+        start: What a new run starts with instead of random weights: "model" (a state dict that fits the network) and
+            "report" (where it came from), kept as `start.pt`.
+        change_recipe: A resumed run goes on with `recipe` and with its cases as they are now.
+        mlflow_uri: See `fit`.
+        max_gpu_bytes: Steps go through the network in as many passes as this much GPU memory demands.
 
     Raises:
         CtsegError: if the data, the run folder or the machine does not allow it.
@@ -50,7 +76,7 @@ def train(
     problem: CtsegError | None = None
     if runtime.is_main:
         try:
-            manifest = _set_up(recipe, run, find_data(progress) if find_data else None, runtime.precision)
+            manifest = _set_up(recipe, run, find_data(progress) if find_data else None, runtime.precision, start)
             prepare_bank(manifest.to_prepare, recipe, prepared, progress, stop_requested)
         except CtsegError as error:
             problem = error
@@ -59,9 +85,17 @@ def train(
     folder = bank_folder(prepared, recipe)
     training = open_bank(manifest.split("training"), folder, runtime.device)
     validation = open_bank(manifest.validation, folder, runtime.device)
-    trainer = Trainer.fresh(recipe, runtime)
-    trainer.load(run)
-    best = fit(trainer, training, validation, run, progress, stop_requested)
+    if remark := set_determinism(recipe, runtime.device):
+        progress.note(remark)
+    trainer = Trainer.fresh(recipe, runtime, bank_fingerprint(manifest.to_prepare, folder))
+    if warning := trainer.load(run, changed=change_recipe):
+        progress.note(f"warning: {warning}")
+    if change_recipe and runtime.is_main:
+        replace_recipe(run, recipe)
+    if max_gpu_bytes is not None:
+        trainer.patches_per_pass = fit_into_memory(trainer, max_gpu_bytes, progress)
+    with memory_errors(f"training {recipe.name}", runtime.device):
+        best = fit(trainer, training, validation, run, progress, stop_requested, mlflow_uri)
     return TrainResult(
         run=run,
         checkpoint=run / (BEST if best else LAST),
@@ -69,6 +103,7 @@ def train(
         loss=trainer.history[-1]["loss"],
         best_epoch=best["epoch"] if best else None,
         best_mean_dice=best["mean_dice"] if best else None,
+        peak_memory_gb=peak_memory_bytes(runtime.device) / 1e9,
     )
 
 
@@ -83,9 +118,13 @@ def _raise_together(runtime: Runtime, problem: CtsegError | None) -> None:
         raise CtsegError(f"the main process could not set up the run: {told}")
 
 
-def _set_up(recipe: Recipe, run: Path, manifest: Manifest | None, precision: str) -> Manifest:
+def _set_up(
+    recipe: Recipe, run: Path, manifest: Manifest | None, precision: str, start: dict[str, Any] | None
+) -> Manifest:
     """The cases of the run, which is started with `manifest` unless that is None."""
     if manifest is not None:
         manifest.split("training")
+        if start is not None and not (run / RECIPE_FILE).exists():  # first, so that a run never lacks it
+            save_checkpoint(make_folder(run) / START, {"recipe": recipe.to_dict(), **start})
         start_run(run, recipe, manifest, precision)
     return check_files(read_manifest(run / DATA_FILE))

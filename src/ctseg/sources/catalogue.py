@@ -2,31 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from ctseg.manifest import Manifest, check_files, data_folder, find_manifest, read_manifest
 from ctseg.progress import Progress
-from ctseg.sources.phantom import DEMO_COUNTS, write_phantoms
+from ctseg.sources.made import MadeData, write_made
+from ctseg.sources.phantom import DEMO_COUNTS, phantom_data
+from ctseg.sources.phantom_bone import bone_data
+from ctseg.sources.phantom_lung import lung_data
 
-PHANTOM = "phantom"
-PHANTOM_SEED = 0
+MADE: dict[str, Callable[[], MadeData]] = {
+    "phantom": phantom_data,
+    "phantom_lung": lung_data,
+    "phantom_bone": bone_data,
+}
+MADE_SEED = 0
+
+
+def is_made(name: str) -> bool:
+    """True of the names of made data sets, which need no files."""
+    return name in MADE
 
 
 def find_data(name: str, data: Path | None, progress: Progress) -> Manifest:
-    """The manifest called `name`: `phantom` is made on the spot if it is not there yet, others must exist.
+    """The manifest called `name`: made data is made on the spot if it is not there yet, others must exist.
 
     Args:
-        name: "phantom", the name of a manifest that ships with ctseg, or a file.
-        data: The folder of the images, see `find_manifest`; the made set lies in `phantom` below it.
+        name: The name of a made data set, of a manifest that ships with ctseg, or a file.
+        data: The folder of the images, see `find_manifest`; a made set lies in a folder of its name below it.
         progress: Told of cases being made.
 
     Raises:
         ManifestError: if the manifest or a file it names is missing or wrong.
     """
-    if name != PHANTOM:
+    if not is_made(name):
         return find_manifest(name, data)
-    folder = (data if data is not None else data_folder()) / PHANTOM
+    folder = (data if data is not None else data_folder()) / name
     progress.start("making CT phantoms", sum(DEMO_COUNTS.values()))
-    path = write_phantoms(folder, DEMO_COUNTS, PHANTOM_SEED, progress.advance)
+    path = write_made(folder, MADE[name](), DEMO_COUNTS, MADE_SEED, progress.advance)
     progress.finish()
     return check_files(read_manifest(path))

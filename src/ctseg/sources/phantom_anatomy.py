@@ -6,6 +6,8 @@ Structures are painted in the order listed, each over what lies below it, so lat
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from ctseg.sources.phantom_organs import draw_bowel, draw_kidneys, draw_liver, draw_spleen, draw_stomach, draw_vessels
@@ -29,23 +31,23 @@ from ctseg.sources.phantom_tissue import VALUE, Contrast, Layer, Spaces, Structu
 def draw_anatomy(rng: np.random.Generator) -> list[Structure]:
     """One patient's structures in painting order, the table first."""
     hu = draw_contrast(rng)
-    trunk, spaces = _draw_trunk(rng, hu)
+    trunk, spaces = draw_trunk(rng, hu)
     return [
-        _table(rng),
+        draw_table(rng),
         *trunk,
         *_draw_chest(rng, hu, spaces),
-        *_draw_ribs(rng, hu, spaces),
+        *draw_ribs(rng, hu, spaces),
         *draw_bowel(rng, hu, spaces),
         *draw_liver(rng, hu, spaces),
         draw_spleen(rng, hu, spaces),
         *draw_stomach(rng, hu, spaces),
         *draw_kidneys(rng, hu),
         *draw_vessels(rng, hu),
-        *_draw_spine(rng, hu),
+        *draw_spine(hu, draw_vertebrae(rng)),
     ]
 
 
-def _table(rng: np.random.Generator) -> Structure:
+def draw_table(rng: np.random.Generator) -> Structure:
     """A curved shell of carbon fibre around foam, below the patient."""
     top, curve = 122.0, rng.uniform(900, 2000)
 
@@ -56,7 +58,7 @@ def _table(rng: np.random.Generator) -> Structure:
     return Structure(shape, (Layer(0, rng.uniform(-350, -150)), Layer(3, rng.uniform(-960, -900))), is_table=True)
 
 
-def _draw_trunk(rng: np.random.Generator, hu: Contrast) -> tuple[list[Structure], Spaces]:
+def draw_trunk(rng: np.random.Generator, hu: Contrast) -> tuple[list[Structure], Spaces]:
     """Skin and fat, the muscle wall with the cavity's fat, and the spaces inside."""
     fat_mm, wall_mm = rng.uniform(7, 22), rng.uniform(13, 18)
     sway, wave, phase = rng.uniform(0.01, 0.035), rng.uniform(70, 110), rng.uniform(0, 2 * np.pi)
@@ -107,7 +109,7 @@ def _draw_chest(rng: np.random.Generator, hu: Contrast, spaces: Spaces) -> list[
     ]
 
 
-def _draw_ribs(rng: np.random.Generator, hu: Contrast, spaces: Spaces) -> list[Structure]:
+def draw_ribs(rng: np.random.Generator, hu: Contrast, spaces: Spaces) -> list[Structure]:
     """Rods in the wall that fall towards the front, ending at the costal margin."""
     period, start, fall = rng.uniform(24, 29), rng.uniform(0, 25), rng.uniform(0.4, 0.6)
     shell = spaces.cavity.distance
@@ -124,12 +126,31 @@ def _draw_ribs(rng: np.random.Generator, hu: Contrast, spaces: Spaces) -> list[S
     return [Structure(ribs, (Layer(0, hu.cortical, VALUE["bone"]), Layer(1.8, hu.marrow, VALUE["bone"])))]
 
 
-def _draw_spine(rng: np.random.Generator, hu: Contrast) -> list[Structure]:
+@dataclass(frozen=True)
+class Vertebrae:
+    """Where the vertebrae are: bodies around `body`, one every `period_mm`, one of them at height `start_mm`."""
+
+    period_mm: float
+    start_mm: float
+    body = endless_tube((0, 33), (21, 16.5))
+    half_height_mm = 11.5
+
+    @property
+    def bodies(self) -> Shape:
+        """The bodies of all vertebrae."""
+        return _repeated(self.body, self.half_height_mm, self.period_mm, self.start_mm)
+
+
+def draw_vertebrae(rng: np.random.Generator) -> Vertebrae:
+    """Their distance and heights."""
+    return Vertebrae(float(rng.uniform(29, 33)), float(rng.uniform(0, 30)))
+
+
+def draw_spine(hu: Contrast, vertebrae: Vertebrae) -> list[Structure]:
     """Muscles beside it, vertebrae and discs in turn, the arch with its canal and process."""
     muscle, bone = Layer(0, hu.muscle, VALUE["muscle"]), VALUE["bone"]
-    period, start = rng.uniform(29, 33), rng.uniform(0, 30)
+    period, start = vertebrae.period_mm, vertebrae.start_mm
     bony = (Layer(0, hu.cortical, bone), Layer(1.8, hu.marrow, bone))
-    body = endless_tube((0, 33), (21, 16.5))
     beside = [endless_tube((side * 33, 78), (27, 19)) for side in (-1, 1)]
     psoas = [tube((side * 29, 38), (12, 15), -400, -20) for side in (-1, 1)]
     crura = [tube((side * 15, 12), (9, 14), -60, 60) for side in (-1, 1)]
@@ -138,8 +159,8 @@ def _draw_spine(rng: np.random.Generator, hu: Contrast) -> list[Structure]:
     process = endless_tube((0, 84), (3.5, 20))
     return [
         *[Structure(shape, (Layer(-1, hu.fat + 20, 0), muscle)) for shape in (*crura, *psoas, *beside)],
-        Structure(body, (Layer(0, hu.muscle + 25, 0),)),
-        Structure(_repeated(body, 11.5, period, start), bony),
+        Structure(vertebrae.body, (Layer(0, hu.muscle + 25, 0),)),
+        Structure(vertebrae.bodies, bony),
         Structure(_repeated(wings, 6, period, start), bony),
         Structure(_repeated(process, 11, period, start - 10), bony),
         Structure(_repeated(arch, 12.5, period, start), bony),

@@ -200,6 +200,32 @@ def grown(shape: Shape, by_mm: float) -> Shape:
     return Shape(lambda x, y, z: shape.distance(x, y, z) - by_mm, _triple(low), _triple(high))
 
 
+def shell(shape: Shape, thickness_mm: float) -> Shape:
+    """What lies within half of `thickness_mm` of the shape's surface."""
+    half = thickness_mm / 2
+    low, high = np.asarray(shape.low_mm) - half, np.asarray(shape.high_mm) + half
+    return Shape(lambda x, y, z: np.abs(shape.distance(x, y, z)) - half, _triple(low), _triple(high))
+
+
+def rough(shape: Shape, amplitude_mm: float, wave_mm: float, phases: Triple) -> Shape:
+    """The shape with a surface that bulges and dents by up to `amplitude_mm`, about every `wave_mm`.
+
+    The distance stays exact to first order only where `amplitude_mm` is well below `wave_mm` / 2 pi.
+    """
+    k = 2 * np.pi / wave_mm
+
+    def distance(x: FloatArray, y: FloatArray, z: FloatArray) -> FloatArray:
+        # Three waves along no axis of the grid, so that no row of bumps shows.
+        u = np.sin(k * (0.8 * x + 0.6 * y + 0.1 * z) + phases[0])
+        v = np.sin(k * (0.7 * y - 0.2 * x + 0.7 * z) + phases[1])
+        w = np.sin(k * (0.8 * z - 0.6 * x + 0.2 * y) + phases[2])
+        field: FloatArray = shape.distance(x, y, z) - np.float32(amplitude_mm / 3) * (u + v + w)
+        return field
+
+    low, high = np.asarray(shape.low_mm) - amplitude_mm, np.asarray(shape.high_mm) + amplitude_mm
+    return Shape(distance, _triple(low), _triple(high))
+
+
 def _linear(row: list[float], point: tuple[FloatArray, FloatArray, FloatArray]) -> FloatArray:
     """`row` . `point`, without the terms that are zero, so that the result stays as small as it can."""
     terms = [factor * axis for factor, axis in zip(row, point, strict=True) if factor]

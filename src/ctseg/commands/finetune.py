@@ -1,0 +1,157 @@
+"""`ctseg finetune`: training that starts from weights, of ctseg, an MMAR, a MONAI bundle or a bare state dict."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ctseg.commands.common import (
+    DataOption,
+    DeviceOption,
+    JsonFlag,
+    ManifestOption,
+    Overrides,
+    PrecisionOption,
+    PreparedOption,
+    QuietFlag,
+)
+from ctseg.commands.train import (
+    ChangeRecipeFlag,
+    GpusOption,
+    MaxGpuMemoryOption,
+    MlflowOption,
+    ResumeFlag,
+    RunOption,
+    Start,
+    TrainOptions,
+    resumed_run,
+    run_training,
+)
+from ctseg.errors import CtsegError, ModelError
+from ctseg.workspace import PREPARED, START_REPORT, resolve_model
+
+if TYPE_CHECKING:
+    from ctseg.engine.weights import FitReport
+    from ctseg.recipe import Recipe
+
+BUNDLE_WEIGHTS = Path("models", "model.pt")
+"""Where MONAI bundles and MMARs keep theirs."""
+SHOWN = 3
+
+
+def finetune(
+    recipe: Annotated[str, typer.Argument(help="A recipe, a variant, or a .toml file, with the weights' network.")],
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="WEIGHTS",
+            help="Run, checkpoint, MMAR, MONAI bundle, or a .pt file with a state dict.",
+        ),
+    ] = None,
+    new_head: Annotated[
+        bool, typer.Option("--new-head", help="The weights have another number of classes: the last layer starts anew.")
+    ] = False,
+    freeze: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PREFIX", help="Leave parameters whose names start so as they are; may be repeated."),
+    ] = None,
+    gpus: GpusOption = None,
+    output: RunOption = None,
+    resume: ResumeFlag = False,
+    manifest: ManifestOption = None,
+    data: DataOption = None,
+    prepared: PreparedOption = PREPARED,
+    overrides: Overrides = None,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+    max_gpu_memory: MaxGpuMemoryOption = None,
+    change_recipe: ChangeRecipeFlag = False,
+    mlflow: MlflowOption = None,
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Train a recipe on from weights; what matched is kept in the run as start.json."""
+    changes = [*(overrides or [])]
+    if freeze:
+        changes.append(f"training.freeze={json.dumps(freeze, ensure_ascii=False)}")
+    options = TrainOptions(
+        gpus=gpus,
+        output=output,
+        resume=resume,
+        manifest=manifest,
+        data=data,
+        prepared=prepared,
+        overrides=changes,
+        device=device,
+        precision=precision,
+        max_gpu_memory=max_gpu_memory,
+        change_recipe=change_recipe,
+        mlflow=mlflow,
+        as_json=as_json,
+        quiet=quiet,
+    )
+    if resume:
+        _check_resume(recipe, options, weights, new_head)
+        run_training(recipe, options)
+        return
+    if weights is None:
+        raise CtsegError("--from: missing; name a run, a checkpoint, an MMAR, a bundle or a .pt file, or use --resume")
+    path = find_weights(weights)
+    run_training(recipe, options, lambda wanted: _start(wanted, path, new_head), suffix="finetuned")
+
+
+def find_weights(name: str) -> Path:
+    """The file of weights that `name` means.
+
+    Raises:
+        ModelError: if there is none, or it is an exported file.
+    """
+    if (Path(name) / BUNDLE_WEIGHTS).is_file():
+        return Path(name) / BUNDLE_WEIGHTS
+    if name.endswith((".pth", ".ckpt")) and Path(name).is_file():
+        return Path(name)
+    try:
+        path = resolve_model(name)
+    except ModelError as error:
+        folder = f"; nor has it {BUNDLE_WEIGHTS}, as an MMAR or a bundle would" if Path(name).is_dir() else ""
+        raise ModelError(f"--from: {error}{folder}") from error
+    if path.suffix != ".pt":
+        raise ModelError(f"--from {path}: an exported model cannot be trained; name its checkpoint (.pt)")
+    return path
+
+
+def _check_resume(recipe: str, options: TrainOptions, weights: str | None, new_head: bool) -> None:
+    if weights is not None or new_head:
+        raise CtsegError("--resume: goes on with the weights of the run, so --from and --new-head cannot be given")
+    _, run = resumed_run(recipe, options.overrides, options.output, options.change_recipe)
+    if not (run / START_REPORT).is_file():
+        raise CtsegError(
+            f"--resume: run '{run}' was not started by finetune; name another with --output, or use `ctseg train`"
+        )
+
+
+def _start(recipe: Recipe, path: Path, new_head: bool) -> Start:
+    from ctseg.engine.weights import start_weights
+
+    state, report = start_weights(recipe, path, new_head)
+    return Start({"model": state, "report": report.to_dict()}, _told(report))
+
+
+def _told(report: FitReport) -> list[tuple[str, object]]:
+    rows: list[tuple[str, object]] = [
+        ("started from", f"{report.source} ({report.kind})"),
+        ("matched", f"{len(report.matched)} tensors: {_first(report.matched)}"),
+    ]
+    if report.new:
+        rows.append(("started anew", f"{len(report.new)} tensors: {_first(report.new)}"))
+    if report.frozen:
+        rows.append(("frozen", f"{len(report.frozen)} parameters: {_first(report.frozen)}"))
+    return rows + [("note", note) for note in report.notes]
+
+
+def _first(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:SHOWN]) + (f", ... (all in {START_REPORT})" if len(names) > SHOWN else "")

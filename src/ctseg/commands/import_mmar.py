@@ -1,0 +1,75 @@
+"""`ctseg import-mmar`: the numbers of a Clara Train MMAR become a recipe and a data list."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ctseg.commands.common import JsonFlag, Overrides, emit, pairs
+from ctseg.errors import CtsegError
+from ctseg.files import make_folder, write_json, write_text
+from ctseg.foreign.importing import Imported, Request, import_mmar, report
+from ctseg.foreign.render import render_recipe
+from ctseg.progress import printable
+
+ImportOutput = Annotated[Path, typer.Option("--output", help="Folder for recipe.toml, manifest.json and import.json.")]
+ImportManifest = Annotated[Path | None, typer.Option("--manifest", help="Data list to take instead of its own.")]
+ImportData = Annotated[Path | None, typer.Option("--data", help="Folder of the images, for the data list.")]
+
+
+def import_mmar_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The MMAR: the folder that holds config/.")],
+    output: ImportOutput,
+    manifest: ImportManifest = None,
+    data: ImportData = None,
+    overrides: Overrides = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Make a recipe of a Clara Train MMAR; nothing in it is run, and what is not carried over is listed."""
+    check_output(output)
+    request = Request(folder=folder, output=output, overrides=overrides or [], manifest=manifest, data=data)
+    finish_import(import_mmar(request), output, as_json)
+
+
+def check_output(output: Path) -> None:
+    """Raises CtsegError where an import would replace a recipe."""
+    if (output / "recipe.toml").exists():
+        raise CtsegError(f"--output {output}: already holds a recipe.toml; name another folder")
+
+
+def finish_import(imported: Imported, output: Path, as_json: bool) -> None:
+    """Writes what was imported, and tells it."""
+    make_folder(output)
+    recipe, data_list = output / "recipe.toml", None
+    if imported.data_list is not None:
+        data_list = output / "manifest.json"
+        write_json(data_list, imported.data_list.content)
+    made = report(imported, recipe, data_list)
+    write_json(output / "import.json", made)
+    head = [
+        f"{imported.recipe.name}: imported from {imported.folder.resolve().name}.",
+        "The comment after a value names the file and the key that it came from; order x, y, z.",
+        *(f"Not carried over: {left.where}: {left.name}: {left.reason}" for left in imported.left),
+        *(f"Note: {note}" for note in imported.notes),
+    ]
+    write_text(recipe, render_recipe(imported.recipe, imported.sources, head))
+    lines = _text(imported, made).splitlines()
+    emit(made, "\n".join(map(printable, lines)), as_json)
+
+
+def _text(imported: Imported, made: dict[str, Any]) -> str:
+    cases = "" if imported.data_list is None else f" ({imported.data_list.cases} cases)"
+    rows: list[tuple[str, object]] = [
+        ("recipe", made["recipe"]),
+        ("data list", f"{made['manifest'] or 'none'}{cases}"),
+        ("carried over", f"{len(imported.sources)} values, each with its source in the recipe"),
+        ("not carried over", f"{len(imported.left)}" + (":" if imported.left else "")),
+    ]
+    rows += [("", f"{left.where}: {left.name}: {left.reason}") for left in imported.left]
+    rows += [("note", note) for note in imported.notes]
+    if imported.weights is not None:
+        rows.append(("next", shlex.join(["ctseg", "finetune", made["recipe"], "--from", str(imported.folder)])))
+    return pairs(rows)

@@ -1,0 +1,234 @@
+"""`ctseg slurm`: another command as a Slurm job that survives its time limit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shlex
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ctseg.commands.common import JsonFlag, emit, pairs, parse_bytes, say
+from ctseg.commands.finetune import find_weights
+from ctseg.commands.train import resumed_run
+from ctseg.errors import CtsegError
+from ctseg.files import make_folder, write_text
+from ctseg.jobs import find_jobs
+from ctseg.manifest import SPLITS, find_manifest
+from ctseg.recipe import Recipe, load_recipe
+from ctseg.sbatch import Expand, Resources, Work, check_resources, script
+from ctseg.sources.catalogue import is_made
+from ctseg.workspace import RECIPE_FILE, new_run, resolve_model
+
+ARGUMENTS_OF_ANOTHER = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""Whatever `ctseg slurm` does not know itself belongs to the command that the job runs."""
+COMMANDS = ("train", "finetune", "validate", "infer")
+STARTS_ONLY = ("manifest", "data", "weights", "new_head", "resume", "output")
+"""Parameters of a training's first start, which `--resume` refuses or which are set anew."""
+Parameters = dict[str, Any]
+
+
+def slurm(
+    context: typer.Context,
+    command: Annotated[str, typer.Argument(metavar="COMMAND [ARGUMENTS]...", help=f"One of {', '.join(COMMANDS)}.")],
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes of the job.")] = 1,
+    gpus: Annotated[int, typer.Option(min=0, help="GPUs on each node, one process each; 0 for CPUs alone.")] = 1,
+    tasks_per_node: Annotated[
+        int | None, typer.Option(min=1, help="Processes on each node, with --gpus 0. Default: 1.")
+    ] = None,
+    cpus_per_task: Annotated[int, typer.Option(min=1, help="CPUs of each process.")] = 4,
+    mem: Annotated[str | None, typer.Option(help="Memory of each node, e.g. 64G.")] = None,
+    time: Annotated[str | None, typer.Option(help="Time limit, e.g. 24:00:00 or 2-00.")] = None,
+    partition: Annotated[str | None, typer.Option(help="Partition.")] = None,
+    account: Annotated[str | None, typer.Option(help="Account.")] = None,
+    qos: Annotated[str | None, typer.Option(help="Quality of service.")] = None,
+    job_name: Annotated[str | None, typer.Option(help="Default: ctseg- and what it does.")] = None,
+    logs: Annotated[Path, typer.Option(help="Folder of the logs, made if missing.")] = Path("logs"),
+    array: Annotated[
+        str | None, typer.Option(metavar="N[%M]", help="infer: deal the CTs out to N array tasks, M at a time.")
+    ] = None,
+    signal_seconds: Annotated[
+        int, typer.Option(min=1, help="Stop so long before the time limit, and queue again.")
+    ] = 120,
+    extra: Annotated[
+        list[str] | None, typer.Option("--sbatch", metavar="OPTION", help="Any other option of sbatch; repeatable.")
+    ] = None,
+    program: Annotated[
+        str | None, typer.Option(help='What runs ctseg in the job, e.g. "apptainer exec --nv ctseg.sif ctseg".')
+    ] = None,
+    script_file: Annotated[
+        Path | None, typer.Option("--script", help="Write the script here. Default: to stdout.")
+    ] = None,
+    submit: Annotated[bool, typer.Option("--submit", help="Submit it with sbatch.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Write or submit a batch script for train, finetune, validate or infer; options it does not know go there."""
+    resources = Resources(
+        nodes=nodes,
+        gpus_per_node=gpus,
+        tasks_per_node=tasks_per_node or max(gpus, 1),
+        cpus_per_task=cpus_per_task,
+        job_name=job_name or f"ctseg-{command}",
+        logs=logs,
+        folder=Path.cwd(),
+        array=array,
+        time=time,
+        mem=mem,
+        partition=partition,
+        account=account,
+        qos=qos,
+        signal_seconds=None if command == "validate" else signal_seconds,
+        extra=tuple(extra or ()),
+    )
+    planned = _plan(context, command, resources)
+    if job_name is None:
+        resources = dataclasses.replace(resources, job_name=planned.name, alone=planned.run is not None)
+    words = tuple(shlex.split(program)) if program else Work.program
+    text = script(dataclasses.replace(planned.work, program=words), resources)
+    make_folder(logs)
+    if script_file is not None:
+        write_text(script_file, text)
+    job = _submit(text) if submit else None
+    if script_file is None and not submit and not as_json:
+        say(text.rstrip("\n"))
+        return
+    result = {"script": script_file or text, "job": job, "run": planned.run, "log": resources.log}
+    rows: list[tuple[str, object]] = [(k, v) for k, v in result.items() if v is not None and v is not text]
+    emit(result, pairs(rows), as_json)
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """What the job is called and does, and the run folder it trains in."""
+
+    name: str
+    work: Work
+    run: Path | None = None
+
+
+def _plan(context: typer.Context, name: str, resources: Resources) -> _Planned:
+    """The job's work, checked as far as it can be without the models and images themselves."""
+    if name not in COMMANDS:
+        raise CtsegError(f"slurm {name}: expected one of {', '.join(COMMANDS)}")
+    check_resources(resources)
+    if resources.array is not None and name != "infer":
+        raise CtsegError(f"--array: only infer can be dealt out, not {name}")
+    command = context.find_root().command.get_command(context, name)  # type: ignore[attr-defined]  # root is a group
+    with command.make_context(name, list(context.args), parent=context.parent) as inner:
+        given: Parameters = dict(inner.params)
+    if resources.gpus_per_node == 0 and given["device"] == "auto":
+        given["device"] = "cpu"
+    if name == "infer":
+        return _Planned("ctseg-infer", Work(arguments=_infer(command, given, resources)))
+    if name == "validate":
+        return _Planned("ctseg-validate", Work(arguments=_validate(command, given, resources)))
+    return _training(command, given)
+
+
+def _training(command: Any, given: Parameters) -> _Planned:
+    """Training in a run folder that is fixed now, so that every later start finds what the first one left."""
+    fine_tuned = "weights" in given
+    output = None if given["output"] is None else Path(given["output"])
+    overrides = list(given["overrides"] or ())
+    if given.get("freeze"):
+        overrides.append(f"training.freeze={json.dumps(given['freeze'])}")
+    recipe = load_recipe(given["recipe"], overrides)
+    if Path(given["prepared"]).is_file():
+        raise CtsegError(f"--prepared {given['prepared']}: must be a folder, got a file")
+    if given["max_gpu_memory"] is not None:
+        parse_bytes(given["max_gpu_memory"], "--max-gpu-memory")
+    if given["resume"]:
+        _, run = resumed_run(given["recipe"], overrides, output, given["change_recipe"])
+        work = Work(arguments=_words(command, {**given, "output": run}))
+        return _Planned(_job_name(run), work, run)
+    if given["change_recipe"]:
+        raise CtsegError("--change-recipe: only a run that is resumed has a recipe to change; add --resume")
+    if fine_tuned and given["weights"] is None:
+        raise CtsegError("--from: missing; name a run, a checkpoint, an MMAR, a bundle or a .pt file, or use --resume")
+    if fine_tuned:
+        find_weights(given["weights"])
+    source = given["manifest"] or recipe.data.manifest
+    if not is_made(source):
+        find_manifest(source, None if given["data"] is None else Path(given["data"])).split("training")
+    if output is not None and (output.is_file() or (output / RECIPE_FILE).exists()):
+        raise CtsegError(f"--output {output}: is a file or holds a run; use --resume or choose another folder")
+    run = output or _reserve_run(recipe, "finetuned" if fine_tuned else "")
+    again = {key: value for key, value in given.items() if key not in STARTS_ONLY}
+    work = Work(
+        arguments=_words(command, {**given, "output": run}),
+        resumed=_words(command, {**again, "resume": True, "output": run}),
+        marker=run / RECIPE_FILE,
+    )
+    return _Planned(_job_name(run), work, run)
+
+
+def _reserve_run(recipe: Recipe, suffix: str) -> Path:
+    """A new run folder, made now: of two scripts written before either job starts, each has its own."""
+    while True:
+        run = new_run(recipe, suffix)
+        try:
+            make_folder(run.parent)
+            run.mkdir()
+        except FileExistsError:
+            continue
+        return run
+
+
+def _job_name(run: Path) -> str:
+    return "ctseg-" + re.sub(r"[^\w.:-]", "_", run.name, flags=re.ASCII)
+
+
+def _validate(command: Any, given: Parameters, resources: Resources) -> list[str]:
+    if resources.num_tasks > 1:
+        raise CtsegError(f"validate is one process on one GPU, got {resources.num_tasks} tasks; leave --nodes out")
+    if given["split"] not in SPLITS:
+        raise CtsegError(f"--split {given['split']}: expected one of {', '.join(SPLITS)}")
+    if given["manifest"] is not None and not is_made(given["manifest"]):
+        find_manifest(given["manifest"], None if given["data"] is None else Path(given["data"])).split(given["split"])
+    return _words(command, {**given, "model": resolve_model(given["model"])})
+
+
+def _infer(command: Any, given: Parameters, resources: Resources) -> list[str]:
+    for name in ("shard", "overwrite"):
+        if given[name]:
+            why = "--array deals the CTs out" if name == "shard" else "a job that is queued again would start anew"
+            raise CtsegError(f"--{name}: not in a job, as {why}")
+    find_jobs([Path(path) for path in given["inputs"]], Path(given["output"]))
+    shard = "1/1" if resources.num_tasks > 1 else None
+    if resources.array_size is not None:
+        shard = Expand(f"$SLURM_ARRAY_TASK_ID/{resources.array_size}")
+    return _words(command, {**given, "model": resolve_model(given["model"]), "shard": shard})
+
+
+def _words(command: Any, given: Parameters) -> list[str]:
+    """The command line that gives a command these parameters."""
+    words, positional = [str(command.name)], []
+    for parameter in command.params:
+        value = given.get(parameter.name)
+        if parameter.param_type_name == "argument":
+            positional += [str(v) for v in value] if isinstance(value, (list, tuple)) else [str(value)]
+        elif value not in (None, False, ()) and str(value) != str(parameter.default):
+            name = parameter.opts[0]
+            values = value if isinstance(value, (list, tuple)) else [value]
+            words += [name] * len(values) if parameter.is_flag else [w for v in values for w in (name, _word(v))]
+    return words[:1] + positional + words[1:]
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else str(value)
+
+
+def _submit(text: str) -> str:
+    """Hands the script to sbatch; the number of the job."""
+    try:
+        done = subprocess.run(["sbatch", "--parsable"], input=text, capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        raise CtsegError("--submit: there is no sbatch here; write the script with --script and submit it") from error
+    if done.returncode != 0:
+        raise CtsegError(f"sbatch refused the script: {' '.join(done.stderr.split())}")
+    return done.stdout.strip().partition(";")[0]

@@ -1,0 +1,80 @@
+"""How much memory a training takes, and how many patches at once fit into what it may have."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import resource
+import sys
+from collections.abc import Callable
+
+import torch
+
+from ctseg.engine.runtime import Runtime
+from ctseg.engine.trainer import Trainer
+from ctseg.errors import DeviceError, NotEnoughMemory
+from ctseg.progress import Progress
+from ctseg.recipe import Recipe
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most that was in use until now: on a GPU by this process's tensors, else by the whole process."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_reserved(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def fit_into_memory(trainer: Trainer, max_bytes: int, progress: Progress) -> int:
+    """Limits this process to `max_bytes` of its GPU and returns how many patches at once fit, tried out in real steps.
+
+    A resumed training keeps its number: another one would change its result.
+
+    Raises:
+        DeviceError: on a CPU.
+        NotEnoughMemory: if not even one patch fits.
+    """
+    recipe, runtime = trainer.recipe, trainer.runtime
+    if runtime.device.type != "cuda":
+        raise DeviceError("--max-gpu-memory: training runs on the CPU; leave it out or choose --device cuda")
+    total = int(torch.cuda.get_device_properties(runtime.device).total_memory)
+    torch.cuda.set_per_process_memory_fraction(min(max_bytes / total, 1.0), runtime.device)
+    step = math.ceil(recipe.training.batch_cases * recipe.sampling.patches_per_case / runtime.world_size)
+    most = min(trainer.patches_per_pass or step, step)
+    if trainer.epoch or trainer.step:
+        return int(most)
+    alone = dataclasses.replace(runtime, rank=0, world_size=1)
+    found: int = min(runtime.gather(largest_that_fits(most, lambda patches: _fits(recipe, alone, patches))))
+    if found == 0:
+        raise NotEnoughMemory(
+            f"training {recipe.name}: one patch of {'x'.join(map(str, recipe.sampling.patch_size))} does not fit into "
+            f"{max_bytes / 1e9:.1f} GB on {runtime.device}; allow more, or lower sampling.patch_size"
+        )
+    if found < step:
+        progress.note(f"{found} of {step} patches at once fit into {max_bytes / 1e9:.1f} GB: gradients are accumulated")
+    return found
+
+
+def largest_that_fits(most: int, fits: Callable[[int], bool]) -> int:
+    """The first of `most`, its half, a quarter, ... that fits; 0 if not even 1 does."""
+    while most and not fits(most):
+        most //= 2
+    return int(most)
+
+
+def _fits(recipe: Recipe, runtime: Runtime, patches: int) -> bool:
+    """Whether a training step of so many patches stays within the limit; leaves nothing behind."""
+    try:
+        trainer = Trainer.fresh(recipe, runtime)
+        for _ in range(2):  # the second has the optimizer's state in memory from the start
+            image = torch.rand(patches, 1, *recipe.sampling.patch_size, device=runtime.device)
+            with runtime.autocast():
+                scores = trainer.network(image.contiguous(memory_format=torch.channels_last_3d))
+            trainer.scaler.scale(scores.float().square().mean()).backward()
+            trainer.scaler.step(trainer.optimizer)
+            trainer.scaler.update()
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        torch.cuda.empty_cache()
+    return True
