@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-slow check clean
+.PHONY: demo test test-slow test-slurm check clean
 
 demo: $(INSTALLED)
 	$(BIN)/ctseg demo --output demo
@@ -13,6 +13,10 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
+
+# Starts a Slurm of two nodes on this machine; needs root, slurm-wlm and munge, and skips without them.
+test-slurm: $(INSTALLED)
+	$(BIN)/python -m pytest -m slurm tests/slurm -rs
 
 check: $(INSTALLED)
 	$(BIN)/ruff check

@@ -236,7 +236,7 @@ def _ctseg_step(options: argparse.Namespace, precision: str) -> Callable[[], int
         batch = [(trainer.step * batch_cases + n) % len(cases) for n in range(batch_cases)]
         stepper.step(batch, 1000)
         trainer.step += 1
-        return len(batch) * spec.sampling.patches_per_case
+        return int(len(batch) * spec.sampling.patches_per_case)
 
     return step
 

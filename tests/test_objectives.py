@@ -200,19 +200,26 @@ def test_golden_losses_of_five_steps(optimizer: str, golden: list[float]) -> Non
 
 
 GOLDEN = {
-    "spleen": [],
-    "spleen:v1": [],
-    "lung": [],
-    "lung_soft_dice": [],
-    "bone_lesion": [],
-    "bone_lesion:mmar": [],
+    "spleen": [1.724787, 1.711975, 1.688778, 1.657641, 1.62038],
+    "spleen:v1": [0.644737, 0.636774, 0.630697, 0.625578, 0.620941],
+    "lung": [0.52213, 0.515313, 0.49875, 0.474068, 0.439659],
+    "lung_soft_dice": [0.532327, 0.524762, 0.509121, 0.488835, 0.465859],
+    "bone_lesion": [0.613114, 0.503423, 0.486129, 0.473935, 0.465556],
+    "bone_lesion:mmar": [1.45982, 0.903084, 0.83153, 0.797164, 0.778793],
 }
 
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden_losses_of_every_card(name: str) -> None:
-    """The same with each card's own network, loss and optimizer; AHNet's rounding errors grow fastest."""
-    assert five_losses(load_recipe(name), (64, 64, 32)) == pytest.approx(GOLDEN[name], rel=2e-3)
+    """The same with each card's own network, loss and optimizer.
+
+    Rounding errors grow from step to step, in AHNet to 0.6 % between one thread and two.
+    """
+    recipe = load_recipe(name)
+    size = (64, 64, 32) if recipe.network.kind == "ahnet" else (32, 32, 32)  # its deepest layer needs some voxels
+    losses = five_losses(recipe, size)
+    assert losses[0] == pytest.approx(GOLDEN[name][0], rel=1e-4)
+    assert losses == pytest.approx(GOLDEN[name], rel=2e-2)
 
 
 def five_losses(recipe: Recipe, size: tuple[int, int, int]) -> list[float]:

@@ -49,7 +49,7 @@ LESION_VALUES = (LYTIC, BLASTIC, MIXED)
 """What the label counts as bone lesion."""
 TRUNK = PhantomSize((290.0, 335.0), (0.72, 0.85), 8_000_000)
 """A grown patient, scanned from the lower ribs to the pelvis."""
-MAIN_ML, OTHER_ML = (4.0, 35.0), (0.1, 6.0)
+MAIN_ML, OTHER_ML = (8.0, 45.0), (0.1, 6.0)
 """Range of volumes wanted of a patient's largest lesion and of the others; drawn evenly on a logarithmic scale."""
 
 _MIDDLE_MM = -95.0
