@@ -146,7 +146,7 @@ def test_each_ct_is_in_exactly_one_shard(count: int) -> None:
     assert [str(shard) for shard in shards] == [f"{n}/{count}" for n in range(1, count + 1)]
 
 
-@pytest.mark.parametrize("text", ["0/4", "5/4", "1", "a/b", "1/0", "-1/2", "", "1/2/3"])
+@pytest.mark.parametrize("text", ["0/4", "5/4", "1", "a/b", "1/0", "-1/2", "", "1/2/3", "1/" + "9" * 5000])
 def test_a_wrong_shard_is_refused(text: str) -> None:
     with pytest.raises(CtsegError, match=f"--shard {text}: expected auto or I/N"):
         choose_shard(text, {})

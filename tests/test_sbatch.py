@@ -12,6 +12,7 @@ import pytest
 from ctseg.errors import CtsegError
 from ctseg.sbatch import Expand, Resources, Work, check_resources, script, time_seconds
 
+ODD = "a\nb'\\\t$HOME\udcff\x7f\u2028!"
 HOSTILE = 'it\'s $(touch hacked) `x` "y" $HOME \\ ; & é'
 
 
@@ -75,6 +76,9 @@ def test_odd_folders_are_quoted_as_sbatch_reads_them(resources: Resources) -> No
         ({"tasks_per_node": 2}, "--tasks-per-node 2 with --gpus 4: each task takes one GPU"),
         ({"extra": ("constraint=a100",)}, "--sbatch 'constraint=a100': expected an option of sbatch"),
         ({"extra": ("--x\nrm -rf",)}, "expected an option of sbatch"),
+        ({"extra": ("--x\r",)}, "expected an option of sbatch"),
+        ({"array": "9" * 10}, "expected N, or N%M"),
+        ({"time": "１"}, "--time １: expected minutes"),
         ({"signal_seconds": 86400}, "--signal-seconds 86400: must be less than --time and at most 65535"),
         ({"signal_seconds": 60, "time": "1"}, "--signal-seconds 60: must be less than --time"),
         ({"time": "soon"}, "--time soon: expected minutes, hours:minutes:seconds"),
@@ -122,7 +126,7 @@ class Stub:
             ["bash", "job.sh"], cwd=self.folder, env=environ, capture_output=True, text=True, check=False
         )
         assert done.stderr == ""
-        words = (self.folder / "srun.called").read_text().split("\0")[:-1]
+        words = os.fsdecode((self.folder / "srun.called").read_bytes()).split("\0")[:-1]
         assert words[:2] == ["--kill-on-bad-exit=1", "--cpus-per-task=8"]
         return done.returncode, words[2:]
 
@@ -136,7 +140,9 @@ def stub(tmp_path: Path) -> Stub:
 
 
 def test_words_reach_the_command_as_they_are(resources: Resources, stub: Stub, tmp_path: Path) -> None:
-    work = Work(arguments=["train", HOSTILE, "", "--set", "a=[1, 2]"], program=("apptainer", "exec", "my image.sif"))
+    work = Work(
+        arguments=["train", HOSTILE, ODD, "", "--set", "a=[1, 2]"], program=("apptainer", "exec", "my image.sif")
+    )
     code, words = stub.run(script(work, resources))
     assert (code, words) == (0, ["apptainer", "exec", "my image.sif", *work.arguments])
     assert stub.said() == []

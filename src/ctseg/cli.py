@@ -6,6 +6,7 @@ are answered at once.
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import signal
@@ -41,6 +42,9 @@ EPILOG = (
 
 SEVERAL_PROCESSES = ("train", "finetune", "infer", "doctor", "recipes", "slurm")
 """Commands that share their work out, or change nothing, when srun or torchrun starts them several times."""
+
+UNREACHABLE = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ESTALE)
+"""Why the system will not even say whether a file is there."""
 
 INTERRUPTED = 130
 """As in shells: 128 + SIGINT; typer returns it too."""
@@ -93,6 +97,10 @@ def main() -> None:
         code = app(standalone_mode=False)
     except CtsegError as error:
         _fail(str(error), error.exit_code)
+    except OSError as error:
+        if error.errno not in UNREACHABLE or error.filename is None:
+            raise
+        _fail(f"'{str(error.filename)[:200]}': {error.strerror}; name another path or ask for access to it", 2)
     except typer.Abort:
         code = INTERRUPTED
     except typer.TyperException as error:

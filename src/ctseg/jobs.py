@@ -66,7 +66,7 @@ def choose_shard(text: str | None, environ: Mapping[str, str]) -> Shard:
         )
     if text == "auto":
         return Shard(*(slurm.array_part(environ) or (0, 1))).divided(process, processes)
-    match = re.fullmatch(r"(\d+)/(\d+)", "1/1" if text is None else text)
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", "1/1" if text is None else text)
     if not match or not 1 <= int(match[1]) <= int(match[2]):
         raise CtsegError(f"--shard {text}: expected auto or I/N with I from 1 to N, such as 3/8")
     return Shard(int(match[1]) - 1, int(match[2])).divided(process, processes)

@@ -102,8 +102,15 @@ def read_manifest(path: Path, root: Path | None = None) -> Manifest:
     Raises:
         ManifestError: naming every problem at once; a relative path may not leave `root`.
     """
-    root = path.parent if root is None else root
-    data = _read_data(path)
+    return manifest_from_data(_read_data(path), path, path.parent if root is None else root)
+
+
+def manifest_from_data(data: Any, path: Path, root: Path) -> Manifest:
+    """The manifest in plain data that stood in `path`; relative paths are taken from `root`.
+
+    Raises:
+        ManifestError: naming every problem at once; a relative path may not leave `root`.
+    """
     if isinstance(data, list):
         data = {"test": data}
     if not isinstance(data, Mapping):

@@ -11,6 +11,7 @@ What the script rests on:
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import sys
@@ -20,7 +21,8 @@ from pathlib import Path
 import ctseg
 from ctseg.errors import CtsegError, Stopped
 
-FORMATS = r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?"
+NUMBER = "([0-9]{1,9})"
+FORMATS = f"(?:{NUMBER}-)?{NUMBER}(?::{NUMBER})?(?::{NUMBER})?"
 MAX_SIGNAL_SECONDS = 65535
 
 
@@ -111,7 +113,7 @@ def script(work: Work, resources: Resources) -> str:
 
 def check_resources(resources: Resources) -> None:
     """Raises CtsegError for what Slurm would refuse, or accept and do otherwise than meant."""
-    if resources.array is not None and not re.fullmatch(r"[1-9]\d*(%[1-9]\d*)?", resources.array):
+    if resources.array is not None and not re.fullmatch(r"[1-9][0-9]{0,8}(%[1-9][0-9]{0,8})?", resources.array):
         raise CtsegError(f"--array {resources.array}: expected N, or N%M to run M at a time")
     if not re.fullmatch(r"[\w.:-]+", resources.job_name, re.ASCII):
         raise CtsegError(f"--job-name {resources.job_name!r}: expected letters, digits, '_', '-', '.' and ':'")
@@ -120,7 +122,7 @@ def check_resources(resources: Resources) -> None:
             f"--tasks-per-node {resources.tasks_per_node} with --gpus {resources.gpus_per_node}: each task takes one "
             f"GPU; leave --tasks-per-node out, or give --gpus 0 for CPUs alone"
         )
-    wrong = [option for option in resources.extra if not option.startswith("-") or "\n" in option]
+    wrong = [option for option in resources.extra if not option.startswith("-") or not option.isprintable()]
     if wrong:
         raise CtsegError(f"--sbatch {wrong[0]!r}: expected an option of sbatch, such as --sbatch=--constraint=a100")
     seconds = time_seconds(resources.time)
@@ -187,14 +189,22 @@ def _quoted(name: str, value: str) -> str:
 
 
 def _words(words: list[str] | tuple[str, ...]) -> str:
-    return " ".join(f'"{word}"' if isinstance(word, Expand) else shlex.quote(word) for word in words)
+    return " ".join(f'"{word}"' if isinstance(word, Expand) else _shell_word(word) for word in words)
+
+
+def _shell_word(word: str) -> str:
+    """One line of valid text whatever the word holds: names of files may be line breaks, or bytes that are no text."""
+    if word.isprintable():
+        return shlex.quote(word)
+    coded = re.sub(rb"[^ -&(-\[\]-~]", lambda found: b"\\x%02x" % found[0][0], os.fsencode(word))  # also ' and \
+    return f"$'{coded.decode()}'"
 
 
 def _resuming(work: Work) -> list[str]:
     if work.resumed is None or work.marker is None:
         return []
     return [
-        f"if [ -e {shlex.quote(str(work.marker))} ]; then  # a start before this one got so far",
+        f"if [ -e {_shell_word(str(work.marker))} ]; then  # a start before this one got so far",
         f"  arguments=({_words(work.resumed)})",
         "fi",
     ]

@@ -18,6 +18,8 @@ Count = Annotated[int, Range(at_least=1, at_most=100_000)]
 Channels = Annotated[int, Range(at_least=1, at_most=4096)]
 Length = Annotated[int, Range(at_least=1, at_most=1024)]
 Size = tuple[Length, Length, Length]
+MAX_LEVELS = 16
+"""Of a network; the largest patch can be halved ten times."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,8 @@ class UNetSpec:
         """Problems beyond those of single values, as "key: text"."""
         if len(self.channels) < 2 or len(self.strides) != len(self.channels) - 1:
             yield f"strides: expected one less than channels ({len(self.channels)}), got {len(self.strides)}"
+        if len(self.channels) > MAX_LEVELS:
+            yield f"channels: at most {MAX_LEVELS} levels, got {len(self.channels)}"
 
     @property
     def size_multiple(self) -> int:
@@ -100,6 +104,8 @@ class SegResNetSpec:
         """Problems beyond those of single values, as "key: text"."""
         if len(self.blocks_down) < 2 or len(self.blocks_up) != len(self.blocks_down) - 1:
             yield f"blocks_up: expected one less than blocks_down ({len(self.blocks_down)}), got {len(self.blocks_up)}"
+        if len(self.blocks_down) > MAX_LEVELS:
+            yield f"blocks_down: at most {MAX_LEVELS} levels, got {len(self.blocks_down)}"
         if self.init_filters % 8:
             yield f"init_filters: must be a multiple of 8 (groups of the normalisation), got {self.init_filters}"
 

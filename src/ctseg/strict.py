@@ -48,7 +48,7 @@ def read_dataclass(cls: type[T], data: Any, path: str, problems: list[str]) -> T
     further problems as "key: text" once all its fields are readable.
     """
     if not isinstance(data, Mapping):
-        problems.append(f"{path or 'file'}: expected a table, got {data!r}")
+        problems.append(f"{path or 'file'}: expected a table, got {data!r:.200}")
         return None
     hints = get_type_hints(cls, include_extras=True)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]  # cls is a dataclass by contract
@@ -74,7 +74,7 @@ def read_dataclass(cls: type[T], data: Any, path: str, problems: list[str]) -> T
 
 
 def _wrong_kind(known: tuple[str, ...], kind: Any, path: str) -> str:
-    return f"{_join(path, 'kind')}: expected one of {', '.join(known)}, got {kind!r}"
+    return f"{_join(path, 'kind')}: expected one of {', '.join(known)}, got {kind!r:.200}"
 
 
 def _join(path: str, key: str) -> str:
@@ -101,7 +101,7 @@ def _read_value(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
         return _read_union(get_args(hint), value, path, problems)
     if origin is Literal:
         if value not in get_args(hint) or isinstance(value, bool) != isinstance(get_args(hint)[0], bool):
-            problems.append(f"{path}: expected one of {', '.join(map(str, get_args(hint)))}, got {value!r}")
+            problems.append(f"{path}: expected one of {', '.join(map(str, get_args(hint)))}, got {value!r:.200}")
         return value
     if origin is tuple:
         return _read_tuple(get_args(hint), value, path, problems)
@@ -128,7 +128,7 @@ def _read_tuple(args: tuple[Any, ...], value: Any, path: str, problems: list[str
     any_length = len(args) == 2 and args[1] is Ellipsis
     wanted = "a list" if any_length else f"{len(args)} values"
     if not isinstance(value, (list, tuple)) or not (any_length or len(value) == len(args)):
-        problems.append(f"{path}: expected {wanted}, got {value!r}")
+        problems.append(f"{path}: expected {wanted}, got {value!r:.200}")
         return None
     hints = [args[0]] * len(value) if any_length else list(args)
     return tuple(_read_value(h, v, f"{path}[{n}]", problems) for n, (h, v) in enumerate(zip(hints, value, strict=True)))
@@ -136,7 +136,7 @@ def _read_tuple(args: tuple[Any, ...], value: Any, path: str, problems: list[str
 
 def _read_dict(args: tuple[Any, ...], value: Any, path: str, problems: list[str]) -> Any:
     if not isinstance(value, Mapping):
-        problems.append(f"{path}: expected a table, got {value!r}")
+        problems.append(f"{path}: expected a table, got {value!r:.200}")
         return None
     return {str(k): _read_value(args[1], v, _join(path, str(k)), problems) for k, v in value.items()}
 
@@ -148,7 +148,7 @@ def _read_scalar(hint: type, value: Any, path: str, problems: list[str]) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        problems.append(f"{path}: expected {hint.__name__}, got {value!r}")
+        problems.append(f"{path}: expected {hint.__name__}, got {value!r:.200}")
         return None
     if isinstance(value, float) and not math.isfinite(value):
         problems.append(f"{path}: expected a finite number, got {value}")

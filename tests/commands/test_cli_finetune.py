@@ -129,6 +129,8 @@ def test_resume_goes_on_only_with_a_finetuned_run(
     ("arguments", "message"),
     [
         ([], "--from: missing; name a run, a checkpoint, an MMAR, a bundle or a .pt file, or use --resume"),
+        (["--from", ""], "--from: missing"),
+        (["--from", "a" * 5000], "File name too long; name another path or ask for access to it"),
         (["--from", "none.pt"], "--from: model 'none.pt': no such file or folder"),
         (
             ["--from", "empty"],

@@ -1,6 +1,8 @@
 """`ctseg import-mmar` and `import-bundle`: recipes with their sources, and what could not be carried over."""
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -397,10 +399,11 @@ def test_a_bundle(cli: Callable[..., Any], tmp_path: Path):
 Change = Callable[[dict[str, Json]], None]
 
 
-def change_train(path: str, value: Any) -> Change:
+def change_train(path: str, value: Any, **data_list: Any) -> Change:
     """A function that sets a value below `train` of config_train.json."""
 
     def change(files: dict[str, Json]) -> None:
+        files["dataset_0.json"] |= data_list
         *parents, last = path.split(".")
         table = files["config_train.json"]["train"]
         for parent in parents:
@@ -416,6 +419,14 @@ def without(name: str) -> Change:
         train["pre_transforms"] = [t for t in train["pre_transforms"] if t["name"] != name]
 
     return change
+
+
+def unet(channels: list[int], strides: list[int]) -> Json:
+    return component("UNet", out_channels=2, channels=channels, strides=strides, norm="batch")
+
+
+def cosine(last: Any) -> Json:
+    return component("CosineAnnealingLR", T_max=30, eta_min=last)
 
 
 @pytest.mark.parametrize(
@@ -440,6 +451,15 @@ def without(name: str) -> Change:
         (without("RandCropByPosNegLabeld"), "sampling: missing"),
         (change_train("dataloader.args.batch_size", 1e999), "Infinity is not a number"),
         (change_train("optimizer.args.lr", -1), "optimizer.lr: must be above 0"),
+        (change_train("model", unet([4] * 20_001, [2] * 20_000)), "channels: at most 16 levels, got 20001"),
+        (change_train("model.args.out_channels", 10**4000), "labels: at most 255 fit a uint8 mask, got 256"),
+        (change_train("lr_scheduler", cosine(10**4000)), "schedule.final_fraction: must be at most 1"),
+        (change_train("lr_scheduler", cosine("#lr")), "eta_min: #lr: an expression, which is not evaluated; give sche"),
+        (change_train("pre_transforms", [component("RandShiftIntensityd", offsets="#x")]), "give augmentation.shift_o"),
+        (change_train("dataloader.args.batch_size", "#x"), "batch_cases: expected int, got the expression '#x'"),
+        (lambda files: files["config_train.json"].update(amp="#x"), "amp: expected bool, got the expression '#x'"),
+        (change_train("model.args.out_channels", "#x", labels={}), "out_channels: #x: an expression, which is not ev"),
+        (change_train("pre_transforms", [component("RandCropByPosNegLabeld", pos="#x")]), "give sampling.positive_fra"),
         (change_train("model.args.strides", [3]), "every size must be a multiple of 3"),
     ],
 )
@@ -483,17 +503,28 @@ def test_a_data_list_that_breaks_a_rule_is_left_behind(cli: Callable[..., Any], 
     assert not (tmp_path / "new" / "manifest.json").exists()
 
 
-@pytest.mark.parametrize("path", ["../secret.json", "/etc/hostname", "link.json", "config", "none.json", "a\0b"])
+@pytest.mark.parametrize(
+    "path", ["../secret.json", "/etc/hostname", "link.json", "config", "none.json", "a\0b", "a" * 5000]
+)
 def test_a_data_list_outside_of_the_folder_is_not_read(cli: Callable[..., Any], tmp_path: Path, path: str):
     files = mmar_40()
     files["environment.json"]["DATASET_JSON"] = path
     write_files(tmp_path / "old", files)
     (tmp_path / "secret.json").write_text(json.dumps({"training": ["secret.nii"]}))
     (tmp_path / "old" / "link.json").symlink_to(tmp_path / "secret.json")
+    files["environment.json"]["DATA_ROOT"] = "/" + "a" * 5000
     result = cli("import-mmar", "old", "--output", "new", "--json")
     assert result.code == 0
     assert "no such file inside the folder" in json.loads(result.out)["not_carried_over"][0]["reason"]
     assert not (tmp_path / "new" / "manifest.json").exists()
+
+
+def test_numbers_beyond_what_a_float_holds(cli: Callable[..., Any], tmp_path: Path):
+    files = mmar_40()
+    files["config_train.json"]["train"]["pre_transforms"][6]["args"] |= {"pos": 10**400, "neg": 0.5}
+    write_files(tmp_path / "old", files)
+    assert cli("import-mmar", "old", "--output", "new").code == 0
+    assert load_recipe(str(tmp_path / "new/recipe.toml")).sampling.positive_fraction == 1.0
 
 
 def deep(levels: int) -> str:
@@ -506,6 +537,9 @@ def deep(levels: int) -> str:
         ("", "cannot be read as JSON"),
         ("[1]", "expected a JSON object, got list"),
         ('{"epochs": NaN}', "NaN is not a number"),
+        ('{"epochs": 1e999}', "1e999 is not a number"),
+        ('{"epochs": 1, "epochs": 2}', "key 'epochs' stands twice"),
+        ('{"a": [' + '{"name": "x"},' * 10_000 + '{"name": "x"}]}', "more than 10000 components"),
         (deep(100), "nested deeper than 32 levels"),
         (deep(100_000), "cannot be read as JSON"),
         ('{"a": "' + "x" * (4 * 2**20) + '"}', "larger than 4 MiB"),
@@ -536,6 +570,66 @@ def test_a_large_configuration_takes_no_long(cli: Callable[..., Any], tmp_path: 
     assert time.monotonic() - start < 60
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"a": "x" * 10**6, "b": "{a}" * 10**6},
+        {"a": "x" * 250, **{f"b{n}": "{a}" * 80 for n in range(10_000)}},
+        {"k" * 10**6: [{"name": "x"}] * 9_000},
+    ],
+    ids=["long in long", "many of many", "long keys"],
+)
+def test_a_small_configuration_does_not_fill_the_memory(tmp_path: Path, values: Json):
+    """As text with all names inside replaced, and as places, these are a hundred GB, or ten."""
+    path = write_files(tmp_path / "old", {"environment.json": {}, "config_train.json": values})
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31))"
+    run = "from ctseg.foreign.configs import mmar_config; mmar_config(pathlib.Path(sys.argv[1]), {})"
+    command = [sys.executable, "-c", f"import pathlib, sys; {limit}; {run}", path / "config" / "config_train.json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_messages_stay_short(cli: Callable[..., Any], tmp_path: Path):
+    files = mmar_40()
+    files["config_train.json"]["train"]["pre_transforms"][3]["args"]["pixdim"] = [1] * 10**5
+    write_files(tmp_path / "old", files)
+    result = cli("import-mmar", "old", "--output", "new")
+    assert "preprocess.spacing_mm: expected 3 values, got [1, 1, 1" in result.message
+    assert len(result.message) < 1000
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "import.json"])
+def test_no_file_is_replaced(cli: Callable[..., Any], tmp_path: Path, name: str):
+    write_files(tmp_path / "old", mmar_40())
+    (tmp_path / name).write_text("precious")
+    result = cli("import-mmar", "old", "--output", ".")
+    assert (result.code, result.out) == (2, "")
+    assert result.message == f"--output .: already holds a {name}; name another folder"
+    assert (tmp_path / name).read_text() == "precious"
+
+
+def test_a_full_disk_leaves_nothing(cli: Callable[..., Any], tmp_path: Path, mount: Callable[[str], Path]):
+    files = mmar_40()
+    files["config_train.json"]["train"]["odd"] = [component(f"Odd{n}") for n in range(200)]
+    write_files(tmp_path / "old", files)
+    disk = mount("size=32k")
+    result = cli("import-mmar", "old", "--output", disk / "new")
+    assert (result.code, result.out) == (2, "")
+    assert "No space left on device" in result.message
+    assert not list((disk / "new").iterdir())
+
+
+def test_a_data_list_of_ones_own_is_named_in_messages(cli: Callable[..., Any], tmp_path: Path):
+    write_files(tmp_path / "old", mmar_40())
+    for text, message in (('{"training": 3}', "training: expected a list"), ('{"training": [{"image": "a.nii", '
+                          '"weight": 1e999}]}', "1e999 is not a number")):  # fmt: skip
+        (tmp_path / "mine.json").write_text(text)
+        result = cli("import-mmar", "old", "--output", "new", "--manifest", "mine.json")
+        assert result.code == 2
+        assert "'mine.json': " in result.message
+        assert message in result.message
+
+
 def test_names_cannot_break_out_of_a_comment(cli: Callable[..., Any], tmp_path: Path):
     """Keys and values of a stranger end up in comments and strings of the recipe, and on the terminal."""
     files = mmar_40()
@@ -554,9 +648,13 @@ def test_names_cannot_break_out_of_a_comment(cli: Callable[..., Any], tmp_path: 
     ("arguments", "message"),
     [
         (["import-mmar", "empty", "--output", "new"], "'empty' is not an MMAR: it has no config/config_train.json"),
+        (["import-mmar", "a" * 5000, "--output", "new"], "File name too long; name another path or ask for access"),
         (["import-bundle", "empty", "--output", "new"], "'empty' is not a MONAI bundle that can be read"),
         (["import-mmar", "old", "--output", "full"], "--output full: already holds a recipe.toml"),
-        (["import-mmar", "old", "--output", "new", "--manifest", "none.json"], "'none.json': cannot be read as JSON"),
+        (
+            ["import-mmar", "old", "--output", "new", "--manifest", "none.json"],
+            "'none.json': cannot be read: No such",
+        ),
         (["import-mmar", "old", "--output", "new", "--set", "training.epoch=1"], "unknown key; did you mean 'epochs'?"),
         (["import-mmar", "old"], "Missing option '--output'"),
     ],

@@ -64,7 +64,7 @@ def test_resume(cli: Callable[..., Any], tiny_recipe: Recipe, tiny_manifest: Man
     result = cli("slurm", "train", "spleen:small", "--resume")
     assert arguments(result.out) == [["train", "spleen:small", "--output", "runs/mine", "--resume"]]
     refused = cli("slurm", "train", "spleen:small", "--output", "runs/mine")
-    assert refused.message.startswith("--output runs/mine: is a file or holds a run; use --resume or choose another")
+    assert refused.message.startswith("'runs/mine' already holds a run; continue it with --resume or choose another")
 
 
 def test_finetune(cli: Callable[..., Any], tiny_model: Path, tiny_data: Path):
@@ -139,10 +139,40 @@ def test_what_sbatch_refuses_is_told(cli: Callable[..., Any], fake_sbatch: Calla
     assert result.message == "sbatch refused the script: sbatch: error: invalid partition specified: nope"
 
 
-def test_without_slurm_here(cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch):
+def test_without_slurm_here(cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PATH", "/nowhere")
     result = cli("slurm", "train", "spleen:small", "--submit")
     assert result.message == "--submit: there is no sbatch here; write the script with --script and submit it"
+    assert not list((tmp_path / "runs").iterdir()), "no run is kept for a job that there is not"
+
+
+def test_a_script_that_cannot_be_written_leaves_no_run(cli: Callable[..., Any], tmp_path: Path):
+    result = cli("slurm", "train", "spleen:small", "--script", "nowhere/job.sh")
+    assert (result.code, result.out) == (2, "")
+    assert not list((tmp_path / "runs").iterdir())
+    (tmp_path / "mine").mkdir()
+    assert cli("slurm", "train", "spleen:small", "--output", "mine", "--script", "nowhere/job.sh").code == 2
+    assert (tmp_path / "mine").is_dir(), "a folder of the user's stays"
+
+
+def test_only_a_finetuned_run_is_resumed_by_finetune(
+    cli: Callable[..., Any], tiny_recipe: Recipe, tiny_manifest: Manifest, tmp_path: Path
+):
+    start_run(tmp_path / "runs" / "mine", tiny_recipe, tiny_manifest)
+    refused = cli("slurm", "finetune", "spleen:small", "--resume")
+    assert refused.message.startswith("--resume: run 'runs/mine' was not started by finetune")
+
+
+def test_names_of_files_that_are_no_text(cli: Callable[..., Any], tiny_model: Path, tmp_path: Path):
+    """A line break, or a name in Latin-1 on a disk from elsewhere."""
+    for name in ("a\nb.nii", os.fsdecode(b"M\xfcller.nii")):
+        (tmp_path / name).touch()
+        result = cli("slurm", "infer", name, "--output", "masks", "--model", tiny_model, "--script", "job.sh")
+        assert (result.code, result.err) == (0, "")
+        line = next(line for line in (tmp_path / "job.sh").read_text().splitlines() if line.startswith("arguments="))
+        shell = f"{line}\nprintf '%s' \"${{arguments[1]}}\""
+        done = subprocess.run(["bash", "-uc", shell], capture_output=True, check=True)
+        assert done.stdout == os.fsencode(name)
 
 
 @pytest.mark.parametrize(
@@ -156,6 +186,17 @@ def test_without_slurm_here(cli: Callable[..., Any], monkeypatch: pytest.MonkeyP
         ("train spleen:small --manifest none.json", "manifest 'none.json': cannot be read"),
         ("train spleen:small --device gpu", "Invalid value for '--device'"),
         ("train spleen:small --time 60 --signal-seconds 3600", "--signal-seconds 3600: must be less than --time"),
+        ("train spleen:small --time " + "9" * 5000, "--time 999"),
+        ("train spleen:small --max-gpu-memory " + "9" * 400, "--max-gpu-memory: expected a size such as 12G"),
+        ("train spleen:small --program it's", "--program it's: cannot be split into words: No closing quotation"),
+        ("train spleen:small --program=", "--program: must name what runs ctseg"),
+        ("train spleen:small --nodes 3 --gpus 8", "24 processes, but a step of recipe 'spleen:small' has 8 patches"),
+        ("train spleen:small --device cpu", "--device cpu with --gpus 1: contradict each other"),
+        ("train spleen:small --device cuda --gpus 0", "--device cuda with --gpus 0: contradict each other"),
+        ("train spleen:small --resume --manifest x.json", "--resume: goes on with the data of the run"),
+        ("train spleen:small --change-recipe", "--change-recipe: only a run that is resumed"),
+        ("finetune spleen:small --resume --new-head", "--resume: goes on with the weights of the run"),
+        ("infer nothing --output masks --array " + "9" * 5000, "--array 999"),
         ("train spleen:small --array 4", "--array: only infer can be dealt out, not train"),
         ("train spleen:small --resume", "--resume: no run of recipe 'spleen:small'"),
         ("finetune spleen:small", "--from: missing"),

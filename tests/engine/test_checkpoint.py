@@ -113,10 +113,11 @@ def test_foreign_content_is_refused(tmp_path: Path, content: Any) -> None:
     assert "not written by ctseg" in refusal(tmp_path / "x.pt")
 
 
-def test_a_later_version_is_refused(saved: Path) -> None:
+@pytest.mark.parametrize(("version", "told"), [(2, "2"), (torch.zeros(2), "Tensor")])
+def test_another_version_is_refused(saved: Path, version: Any, told: str) -> None:
     content = torch.load(saved, weights_only=True)
-    torch.save({**content, "version": 2}, saved)
-    assert "format version 2, this ctseg reads 1" in refusal(saved)
+    torch.save({**content, "version": version}, saved)
+    assert f"format version {told}, this ctseg reads 1" in refusal(saved)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])

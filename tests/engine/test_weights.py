@@ -105,6 +105,14 @@ def test_a_checkpoint_of_ctseg(tiny_recipe: Recipe, tmp_path: Path) -> None:
     )
 
 
+def test_the_moving_average_is_the_model(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    """As for `infer`: of a checkpoint that has both, `last.pt` say, the average goes on."""
+    state, average = random_state(tiny_recipe), random_state(tiny_recipe, seed=2)
+    save_checkpoint(tmp_path / "last.pt", {"recipe": tiny_recipe.to_dict(), "model": state, "average": average})
+    got, _ = start_weights(tiny_recipe, tmp_path / "last.pt", new_head=False)
+    assert torch.equal(got["model.0.residual.weight"], average["model.0.residual.weight"])
+
+
 def test_a_file_without_a_zip_archive_inside(tiny_recipe: Recipe, tmp_path: Path) -> None:
     state = random_state(tiny_recipe)
     torch.save(state, tmp_path / "model.pt", _use_new_zipfile_serialization=False)
@@ -242,6 +250,11 @@ def damaged(tmp_path: Path, kind: str) -> Path:
         with zipfile.ZipFile(io.BytesIO(whole)) as archive, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
             for name in archive.namelist():
                 packed.writestr(name, archive.read(name))
+    elif kind == "overlapping":
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr("first", whole)
+            part = archive.filelist[-1]
+            archive.filelist.extend([part] * 100)
     elif kind == "empty":
         path.write_bytes(b"")
     elif kind == "text":
@@ -254,10 +267,11 @@ def damaged(tmp_path: Path, kind: str) -> Path:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("truncated", "damaged or not a file of weights"),
-        ("changed", r"damaged, the checksum of .* is wrong; copy the file again"),
-        ("compressed", "a compressed archive, which PyTorch does not write; refused"),
-        ("empty", "damaged or not a file of weights"),
+        ("truncated", "damaged or no weights"),
+        ("changed", r"damaged or no weights \(the checksum of .* is wrong; copy the file again\)"),
+        ("compressed", "its parts are compressed, as torch never does"),
+        ("overlapping", "its parts claim more than the file holds"),
+        ("empty", "damaged or no weights"),
         ("text", "holds more than plain data"),
         ("legacy pickle", "holds more than plain data"),
     ],
@@ -277,6 +291,7 @@ def test_damaged_files_are_refused(tmp_path: Path, kind: str, message: str) -> N
         ({"model": {}}, "expected 1 to 20000 tensors, got 0"),
         ({str(n): torch.zeros(1) for n in range(20_001)}, "expected 1 to 20000 tensors, got 20001"),
         ({"format": "ctseg-checkpoint", "version": 9, "model": {}}, "format version 9, this ctseg reads 1"),
+        ({"format": "ctseg-checkpoint", "version": torch.zeros(2), "model": {}}, "format version Tensor, this ctseg"),
     ],
 )
 def test_other_content_is_refused(saved: Callable[..., Path], content: Any, message: str) -> None:

@@ -62,7 +62,7 @@ def test_lesions_are_of_three_kinds_with_their_hounsfield_units(trunks: list[Mad
     lytic, blastic = (hu_inside(trunks, value) for value in (LYTIC, BLASTIC))
     mixed = hu_inside([make_bone(3, index, grid=GRID) for index in (16, 22)], MIXED)  # two that have a large one
     assert 10 < np.median(lytic) < 90
-    assert 500 < np.median(blastic) < 850
+    assert 600 < np.median(blastic) < 885
     assert np.percentile(mixed, 10) < 150
     assert np.percentile(mixed, 90) > 400
 
@@ -75,15 +75,15 @@ def test_every_case_has_lesions_and_their_sizes_spread_over_orders_of_magnitude(
     assert every.max() > 12
     assert every.max() < 60
     assert every.min() < 0.4
-    assert all(ml.max() > 2 for ml in volumes)
+    assert all(ml.max() > 6 for ml in volumes)
 
 
 def test_volumes_are_those_wanted_whatever_the_size_of_the_patient() -> None:
-    """The largest lesion is drawn from 4 to 35 ml; the bone may allow a little less."""
+    """The largest lesion is drawn from 8 to 45 ml; the bone may allow a little less."""
     largest = [lesion_ml(make_bone(1, index, grid=GRID)).max() for index in range(6)]
-    assert min(largest) > 2.5
-    assert max(largest) < 45
-    assert sum(ml > 3.6 for ml in largest) >= 5
+    assert min(largest) > 6
+    assert max(largest) < 50
+    assert sum(ml > 7.5 for ml in largest) >= 5
 
 
 def test_lesions_lie_in_or_at_bone(trunks: list[MadeCase]) -> None:

@@ -53,7 +53,7 @@ def parse_bytes(text: str, option: str) -> int:
     Raises:
         CtsegError: naming `option`.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
     size = int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " ")) if match else 0
     if size == 0:
         raise CtsegError(f"{option}: expected a size such as 12G or 800M, got '{text}'")

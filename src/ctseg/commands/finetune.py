@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -31,15 +32,16 @@ from ctseg.commands.train import (
     run_training,
 )
 from ctseg.errors import CtsegError, ModelError
+from ctseg.foreign.importing import WEIGHTS
 from ctseg.workspace import PREPARED, START_REPORT, resolve_model
 
 if TYPE_CHECKING:
     from ctseg.engine.weights import FitReport
     from ctseg.recipe import Recipe
 
-BUNDLE_WEIGHTS = Path("models", "model.pt")
-"""Where MONAI bundles and MMARs keep theirs."""
 SHOWN = 3
+SUFFIX = "finetuned"
+"""Stands in the name of a new run, after the recipe's."""
 
 
 def finetune(
@@ -75,9 +77,6 @@ def finetune(
     quiet: QuietFlag = False,
 ) -> None:
     """Train a recipe on from weights; what matched is kept in the run as start.json."""
-    changes = [*(overrides or [])]
-    if freeze:
-        changes.append(f"training.freeze={json.dumps(freeze, ensure_ascii=False)}")
     options = TrainOptions(
         gpus=gpus,
         output=output,
@@ -85,7 +84,7 @@ def finetune(
         manifest=manifest,
         data=data,
         prepared=prepared,
-        overrides=changes,
+        overrides=with_freeze(overrides, freeze),
         device=device,
         precision=precision,
         max_gpu_memory=max_gpu_memory,
@@ -94,14 +93,37 @@ def finetune(
         as_json=as_json,
         quiet=quiet,
     )
-    if resume:
-        _check_resume(recipe, options, weights, new_head)
-        run_training(recipe, options)
-        return
-    if weights is None:
-        raise CtsegError("--from: missing; name a run, a checkpoint, an MMAR, a bundle or a .pt file, or use --resume")
-    path = find_weights(weights)
-    run_training(recipe, options, lambda wanted: _start(wanted, path, new_head), suffix="finetuned")
+    path = check_start(recipe, options, weights, new_head)
+    start = None if path is None else partial(_start, path=path, new_head=new_head)
+    run_training(recipe, options, start, suffix=SUFFIX)
+
+
+def with_freeze(overrides: list[str] | None, prefixes: list[str] | None) -> list[str]:
+    """The changes of the recipe that --set and --freeze ask for."""
+    freeze = [f"training.freeze={json.dumps(prefixes, ensure_ascii=False)}"] if prefixes else []
+    return [*(overrides or []), *freeze]
+
+
+def check_start(recipe: str, options: TrainOptions, weights: str | None, new_head: bool) -> Path | None:
+    """The file of weights that a fine-tuning begins with; None if it goes on with a run.
+
+    Raises:
+        CtsegError: if there is none, or --resume goes with none of these options.
+    """
+    if not options.resume:
+        if not weights:
+            raise CtsegError(
+                "--from: missing; name a run, a checkpoint, an MMAR, a bundle or a .pt file, or use --resume"
+            )
+        return find_weights(weights)
+    if weights is not None or new_head:
+        raise CtsegError("--resume: goes on with the weights of the run, so --from and --new-head cannot be given")
+    _, run = resumed_run(recipe, options.overrides, options.output, options.change_recipe)
+    if not (run / START_REPORT).is_file():
+        raise CtsegError(
+            f"--resume: run '{run}' was not started by finetune; name another with --output, or use `ctseg train`"
+        )
+    return None
 
 
 def find_weights(name: str) -> Path:
@@ -110,28 +132,18 @@ def find_weights(name: str) -> Path:
     Raises:
         ModelError: if there is none, or it is an exported file.
     """
-    if (Path(name) / BUNDLE_WEIGHTS).is_file():
-        return Path(name) / BUNDLE_WEIGHTS
+    if (Path(name) / WEIGHTS).is_file():
+        return Path(name) / WEIGHTS
     if name.endswith((".pth", ".ckpt")) and Path(name).is_file():
         return Path(name)
     try:
         path = resolve_model(name)
     except ModelError as error:
-        folder = f"; nor has it {BUNDLE_WEIGHTS}, as an MMAR or a bundle would" if Path(name).is_dir() else ""
+        folder = f"; nor has it {WEIGHTS}, as an MMAR or a bundle would" if Path(name).is_dir() else ""
         raise ModelError(f"--from: {error}{folder}") from error
     if path.suffix != ".pt":
         raise ModelError(f"--from {path}: an exported model cannot be trained; name its checkpoint (.pt)")
     return path
-
-
-def _check_resume(recipe: str, options: TrainOptions, weights: str | None, new_head: bool) -> None:
-    if weights is not None or new_head:
-        raise CtsegError("--resume: goes on with the weights of the run, so --from and --new-head cannot be given")
-    _, run = resumed_run(recipe, options.overrides, options.output, options.change_recipe)
-    if not (run / START_REPORT).is_file():
-        raise CtsegError(
-            f"--resume: run '{run}' was not started by finetune; name another with --output, or use `ctseg train`"
-        )
 
 
 def _start(recipe: Recipe, path: Path, new_head: bool) -> Start:

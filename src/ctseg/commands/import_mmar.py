@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +16,7 @@ from ctseg.foreign.importing import Imported, Request, import_mmar, report
 from ctseg.foreign.render import render_recipe
 from ctseg.progress import printable
 
+FILES = ("recipe.toml", "manifest.json", "import.json")
 ImportOutput = Annotated[Path, typer.Option("--output", help="Folder for recipe.toml, manifest.json and import.json.")]
 ImportManifest = Annotated[Path | None, typer.Option("--manifest", help="Data list to take instead of its own.")]
 ImportData = Annotated[Path | None, typer.Option("--data", help="Folder of the images, for the data list.")]
@@ -35,27 +37,32 @@ def import_mmar_command(
 
 
 def check_output(output: Path) -> None:
-    """Raises CtsegError where an import would replace a recipe."""
-    if (output / "recipe.toml").exists():
-        raise CtsegError(f"--output {output}: already holds a recipe.toml; name another folder")
+    """Raises CtsegError where an import would replace a file."""
+    for name in FILES:
+        if os.path.lexists(output / name):
+            raise CtsegError(f"--output {output}: already holds a {name}; name another folder")
 
 
 def finish_import(imported: Imported, output: Path, as_json: bool) -> None:
-    """Writes what was imported, and tells it."""
-    make_folder(output)
-    recipe, data_list = output / "recipe.toml", None
-    if imported.data_list is not None:
-        data_list = output / "manifest.json"
-        write_json(data_list, imported.data_list.content)
-    made = report(imported, recipe, data_list)
-    write_json(output / "import.json", made)
+    """Writes what was imported, all files or none, and tells it."""
+    recipe, data_list, about = (output / name for name in FILES)
+    made = report(imported, recipe, None if imported.data_list is None else data_list)
     head = [
         f"{imported.recipe.name}: imported from {imported.folder.resolve().name}.",
         "The comment after a value names the file and the key that it came from; order x, y, z.",
         *(f"Not carried over: {left.where}: {left.name}: {left.reason}" for left in imported.left),
         *(f"Note: {note}" for note in imported.notes),
     ]
-    write_text(recipe, render_recipe(imported.recipe, imported.sources, head))
+    make_folder(output)
+    try:
+        if imported.data_list is not None:
+            write_json(data_list, imported.data_list.content)
+        write_json(about, made)
+        write_text(recipe, render_recipe(imported.recipe, imported.sources, head))
+    except BaseException:
+        for name in FILES:
+            (output / name).unlink(missing_ok=True)
+        raise
     lines = _text(imported, made).splitlines()
     emit(made, "\n".join(map(printable, lines)), as_json)
 

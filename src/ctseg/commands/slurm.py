@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import shlex
 import subprocess
@@ -13,14 +12,14 @@ from typing import Annotated, Any
 
 import typer
 
-from ctseg.commands.common import JsonFlag, emit, pairs, parse_bytes, say
-from ctseg.commands.finetune import find_weights
-from ctseg.commands.train import resumed_run
+from ctseg.commands.common import JsonFlag, emit, pairs, say
+from ctseg.commands.finetune import SUFFIX, check_start, with_freeze
+from ctseg.commands.train import TrainOptions, check_data, plan_training
 from ctseg.errors import CtsegError
 from ctseg.files import make_folder, write_text
 from ctseg.jobs import find_jobs
 from ctseg.manifest import SPLITS, find_manifest
-from ctseg.recipe import Recipe, load_recipe
+from ctseg.recipe import Recipe
 from ctseg.sbatch import Expand, Resources, Work, check_resources, script
 from ctseg.sources.catalogue import is_made
 from ctseg.workspace import RECIPE_FILE, new_run, resolve_model
@@ -85,15 +84,20 @@ def slurm(
         signal_seconds=None if command == "validate" else signal_seconds,
         extra=tuple(extra or ()),
     )
+    words = _program(program)
     planned = _plan(context, command, resources)
     if job_name is None:
         resources = dataclasses.replace(resources, job_name=planned.name, alone=planned.run is not None)
-    words = tuple(shlex.split(program)) if program else Work.program
-    text = script(dataclasses.replace(planned.work, program=words), resources)
-    make_folder(logs)
-    if script_file is not None:
-        write_text(script_file, text)
-    job = _submit(text) if submit else None
+    try:
+        text = script(dataclasses.replace(planned.work, program=words), resources)
+        make_folder(logs)
+        if script_file is not None:
+            write_text(script_file, text)
+        job = _submit(text) if submit else None
+    except CtsegError:
+        if planned.reserved and planned.run is not None:
+            planned.run.rmdir()
+        raise
     if script_file is None and not submit and not as_json:
         say(text.rstrip("\n"))
         return
@@ -109,6 +113,19 @@ class _Planned:
     name: str
     work: Work
     run: Path | None = None
+    reserved: bool = False
+    """Whether the folder was made now, and is empty."""
+
+
+def _program(text: str | None) -> tuple[str, ...]:
+    """The words of --program."""
+    try:
+        words = Work.program if text is None else tuple(shlex.split(text))
+    except ValueError as error:
+        raise CtsegError(f"--program {text}: cannot be split into words: {error}") from error
+    if not words:
+        raise CtsegError('--program: must name what runs ctseg, such as "apptainer exec --nv ctseg.sif ctseg"')
+    return words
 
 
 def _plan(context: typer.Context, name: str, resources: Resources) -> _Planned:
@@ -123,48 +140,53 @@ def _plan(context: typer.Context, name: str, resources: Resources) -> _Planned:
         given: Parameters = dict(inner.params)
     if resources.gpus_per_node == 0 and given["device"] == "auto":
         given["device"] = "cpu"
+    if (resources.gpus_per_node == 0) != (given["device"] == "cpu"):
+        raise CtsegError(
+            f"--device {given['device']} with --gpus {resources.gpus_per_node}: contradict each other; CPUs alone are "
+            f"--gpus 0, without --device"
+        )
     if name == "infer":
         return _Planned("ctseg-infer", Work(arguments=_infer(command, given, resources)))
     if name == "validate":
         return _Planned("ctseg-validate", Work(arguments=_validate(command, given, resources)))
-    return _training(command, given)
+    return _training(command, given, resources.num_tasks)
 
 
-def _training(command: Any, given: Parameters) -> _Planned:
+def _training(command: Any, given: Parameters, processes: int) -> _Planned:
     """Training in a run folder that is fixed now, so that every later start finds what the first one left."""
-    fine_tuned = "weights" in given
-    output = None if given["output"] is None else Path(given["output"])
-    overrides = list(given["overrides"] or ())
-    if given.get("freeze"):
-        overrides.append(f"training.freeze={json.dumps(given['freeze'])}")
-    recipe = load_recipe(given["recipe"], overrides)
-    if Path(given["prepared"]).is_file():
-        raise CtsegError(f"--prepared {given['prepared']}: must be a folder, got a file")
-    if given["max_gpu_memory"] is not None:
-        parse_bytes(given["max_gpu_memory"], "--max-gpu-memory")
-    if given["resume"]:
-        _, run = resumed_run(given["recipe"], overrides, output, given["change_recipe"])
-        work = Work(arguments=_words(command, {**given, "output": run}))
-        return _Planned(_job_name(run), work, run)
-    if given["change_recipe"]:
-        raise CtsegError("--change-recipe: only a run that is resumed has a recipe to change; add --resume")
-    if fine_tuned and given["weights"] is None:
-        raise CtsegError("--from: missing; name a run, a checkpoint, an MMAR, a bundle or a .pt file, or use --resume")
-    if fine_tuned:
-        find_weights(given["weights"])
-    source = given["manifest"] or recipe.data.manifest
-    if not is_made(source):
-        find_manifest(source, None if given["data"] is None else Path(given["data"])).split("training")
-    if output is not None and (output.is_file() or (output / RECIPE_FILE).exists()):
-        raise CtsegError(f"--output {output}: is a file or holds a run; use --resume or choose another folder")
-    run = output or _reserve_run(recipe, "finetuned" if fine_tuned else "")
+    options, suffix = _train_options(given), ""
+    if "weights" in given:
+        check_start(given["recipe"], options, given["weights"], given["new_head"])
+        suffix = SUFFIX
+    plan = plan_training(given["recipe"], options)
+    _check_processes(plan.recipe, processes)
+    check_data(plan, options)
+    run = plan.run or _reserve_run(plan.recipe, suffix)
+    if options.resume:
+        return _Planned(_job_name(run), Work(arguments=_words(command, {**given, "output": run})), run)
     again = {key: value for key, value in given.items() if key not in STARTS_ONLY}
     work = Work(
         arguments=_words(command, {**given, "output": run}),
         resumed=_words(command, {**again, "resume": True, "output": run}),
         marker=run / RECIPE_FILE,
     )
-    return _Planned(_job_name(run), work, run)
+    return _Planned(_job_name(run), work, run, reserved=plan.run is None)
+
+
+def _train_options(given: Parameters) -> TrainOptions:
+    values = {field.name: given[field.name] for field in dataclasses.fields(TrainOptions)}
+    paths = {name: None if values[name] is None else Path(values[name]) for name in ("output", "data", "prepared")}
+    return TrainOptions(**{**values, **paths, "overrides": with_freeze(given["overrides"], given.get("freeze"))})
+
+
+def _check_processes(recipe: Recipe, processes: int) -> None:
+    """Each needs a patch in every step; how many cases the last step of an epoch has is known only in the job."""
+    patches = recipe.training.batch_cases * recipe.sampling.patches_per_case
+    if processes > patches:
+        raise CtsegError(
+            f"{processes} processes, but a step of recipe '{recipe.name}' has {patches} patches; use fewer --nodes or "
+            f"--gpus, or raise training.batch_cases or sampling.patches_per_case with --set"
+        )
 
 
 def _reserve_run(recipe: Recipe, suffix: str) -> Path:
@@ -215,19 +237,21 @@ def _words(command: Any, given: Parameters) -> list[str]:
         elif value not in (None, False, ()) and str(value) != str(parameter.default):
             name = parameter.opts[0]
             values = value if isinstance(value, (list, tuple)) else [value]
-            words += [name] * len(values) if parameter.is_flag else [w for v in values for w in (name, _word(v))]
+            words += [name] if parameter.is_flag else [w for v in values for w in (name, _word(v))]
     return words[:1] + positional + words[1:]
 
 
 def _word(value: Any) -> str:
-    return value if isinstance(value, str) else str(value)
+    return value if isinstance(value, str) else str(value)  # an Expand stays one
 
 
 def _submit(text: str) -> str:
     """Hands the script to sbatch; the number of the job."""
     try:
-        done = subprocess.run(["sbatch", "--parsable"], input=text, capture_output=True, text=True, check=False)
-    except FileNotFoundError as error:
+        done = subprocess.run(
+            ["sbatch", "--parsable"], input=text, capture_output=True, encoding="utf-8", errors="replace", check=False
+        )
+    except OSError as error:
         raise CtsegError("--submit: there is no sbatch here; write the script with --script and submit it") from error
     if done.returncode != 0:
         raise CtsegError(f"sbatch refused the script: {' '.join(done.stderr.split())}")

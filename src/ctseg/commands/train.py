@@ -80,6 +80,18 @@ class TrainOptions:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """A training, as far as it can be checked without PyTorch."""
+
+    recipe: Recipe
+    run: Path | None
+    """None: a new one."""
+    source: str
+    """The data list of a training that begins."""
+    max_gpu_bytes: int | None
+
+
+@dataclass(frozen=True)
 class Start:
     """Where training starts from other than fresh weights: what the engine takes, and what to tell people."""
 
@@ -139,31 +151,20 @@ def run_training(
         suffix: Stands in the name of a new run's folder, after the recipe's.
     """
     o = options
-    if o.resume and (o.manifest or o.data):
-        raise CtsegError("--resume: goes on with the data of the run, so --manifest and --data cannot be given")
-    if o.change_recipe and not o.resume:
-        raise CtsegError("--change-recipe: only a run that is resumed has a recipe to change; add --resume")
-    max_gpu_bytes = None if o.max_gpu_memory is None else parse_bytes(o.max_gpu_memory, "--max-gpu-memory")
-    if o.resume:
-        wanted, run = resumed_run(name, o.overrides, o.output, o.change_recipe)
-    else:
-        wanted, run = _fresh_run(name, o.overrides, o.output, suffix)
+    plan = plan_training(name, o)
+    wanted, run = plan.recipe, plan.run or new_run(plan.recipe, suffix)
     tasks = slurm.num_tasks(os.environ)
     if (o.gpus or 1) > 1 and tasks > 1 and "RANK" not in os.environ:
         raise CtsegError(
             f"--gpus {o.gpus}: srun has started {tasks} tasks already, each of them one process on one GPU; leave "
             f"--gpus out, or start one task (srun --ntasks=1)"
         )
-    if o.prepared.is_file():
-        raise CtsegError(f"--prepared {o.prepared}: must be a folder, got a file")
     precision = run_precision(run) if o.resume and o.precision == "auto" else o.precision
     if o.gpus is not None:
         from ctseg.engine.launch import check_gpus, is_launched, launch
 
         check_gpus(o.gpus, o.device)
-    source = o.manifest or wanted.data.manifest
-    if not o.resume and not is_made(source):  # made when it is needed
-        find_manifest(source, o.data).split("training")
+    check_data(plan, o)
     start = None if o.resume or make_start is None else make_start(wanted)
     if o.gpus is not None and o.gpus > 1 and not is_launched():
         launch(o.gpus, [*sys.argv[1:], "--output", str(run)])
@@ -171,7 +172,7 @@ def run_training(
     from ctseg.engine import train as engine
     from ctseg.engine.runtime import running, stop_on_signal
 
-    find = None if o.resume else partial(find_data, source, o.data)
+    find = None if o.resume else partial(find_data, plan.source, o.data)
     with running(o.device, precision, amp=wanted.training.amp) as runtime:
         with stop_on_signal() as stop_requested, make_progress(o.quiet or not runtime.is_main) as progress:
             run = runtime.gather(run)[0]  # torchrun's processes look for a free name at different moments
@@ -191,7 +192,7 @@ def run_training(
                 stop_requested,
                 start=weights,
                 change_recipe=o.change_recipe,
-                max_gpu_bytes=max_gpu_bytes,
+                max_gpu_bytes=plan.max_gpu_bytes,
                 mlflow_uri=o.mlflow,
             )
         if runtime.is_main:
@@ -200,13 +201,34 @@ def run_training(
             emit({**dataclasses.asdict(result), **about}, text, o.as_json)
 
 
-def _fresh_run(name: str, overrides: list[str] | None, output: Path | None, suffix: str = "") -> tuple[Recipe, Path]:
-    recipe = load_recipe(name, overrides)
-    if output is not None and output.is_file():
-        raise CtsegError(f"--output {output}: must be a folder, got a file")
-    if output is not None and (output / RECIPE_FILE).exists() and slurm.num_processes(os.environ) == 1:
-        raise CtsegError(f"'{output}' already holds a run; continue it with --resume or choose another --output")
-    return recipe, output or new_run(recipe, suffix)
+def plan_training(name: str, options: TrainOptions) -> Plan:
+    """Checks all of a training's options that need neither PyTorch nor the machine that will train.
+
+    Raises:
+        CtsegError: naming the option and what to do.
+    """
+    o = options
+    if o.resume and (o.manifest or o.data):
+        raise CtsegError("--resume: goes on with the data of the run, so --manifest and --data cannot be given")
+    if o.change_recipe and not o.resume:
+        raise CtsegError("--change-recipe: only a run that is resumed has a recipe to change; add --resume")
+    max_gpu_bytes = None if o.max_gpu_memory is None else parse_bytes(o.max_gpu_memory, "--max-gpu-memory")
+    for option, folder in (("--output", o.output), ("--prepared", o.prepared)):
+        if folder is not None and folder.is_file():
+            raise CtsegError(f"{option} {folder}: must be a folder, got a file")
+    if o.resume:
+        recipe, run = resumed_run(name, o.overrides, o.output, o.change_recipe)
+        return Plan(recipe, run, recipe.data.manifest, max_gpu_bytes)
+    recipe = load_recipe(name, o.overrides)
+    if o.output is not None and (o.output / RECIPE_FILE).exists() and slurm.num_processes(os.environ) == 1:
+        raise CtsegError(f"'{o.output}' already holds a run; continue it with --resume or choose another --output")
+    return Plan(recipe, o.output, o.manifest or recipe.data.manifest, max_gpu_bytes)
+
+
+def check_data(plan: Plan, options: TrainOptions) -> None:
+    """Raises ManifestError if the cases of a training that begins are not there; made ones are made when needed."""
+    if not options.resume and not is_made(plan.source):
+        find_manifest(plan.source, options.data).split("training")
 
 
 def resumed_run(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import io
-import shutil
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,8 @@ def staging_folder(output: Path) -> Path:
     if output.exists():
         raise CtsegError(f"output '{output}': exists; a bundle is a folder of its own, name a new one")
     make_folder(output.parent)
-    staged = output.with_name(f".{output.name}.tmp")
+    staged = output.with_name(f".{output.name}.{secrets.token_hex(4)}.tmp")
     with output_errors(output):
-        shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir()
     return staged
 

@@ -77,33 +77,52 @@ def read_checkpoint(path: Path, device: torch.device | None = None) -> dict[str,
     Raises:
         ModelError: if the file is missing, damaged, holds anything but plain data, or is not from ctseg.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about foreign pickles, which are refused anyway
-            _compare_checksums(path)
-            content = torch.load(path, map_location=device or "cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise ModelError(f"checkpoint '{path}': no such file") from error
-    except pickle.UnpicklingError as error:
-        raise ModelError(f"checkpoint '{path}': holds more than plain data (or is damaged); refused") from error
-    except Exception as error:  # damaged bytes make the unpickler fail in any way: IndexError, struct.error, ...
-        raise ModelError(f"checkpoint '{path}': damaged or not a checkpoint ({_first_line(error)})") from error
+    content = load_plain(path, "checkpoint", device)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ModelError(f"checkpoint '{path}': not written by ctseg; expected format '{FORMAT}'")
-    if content.get("version") != VERSION:
-        raise ModelError(f"checkpoint '{path}': format version {content.get('version')}, this ctseg reads {VERSION}")
+    check_version(content.get("version"), "checkpoint", path)
     return content
 
 
-def _compare_checksums(path: Path) -> None:
-    """Raises ValueError if a part of the file is not what was written; other kinds of file are left to torch."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise ValueError("its parts are compressed, as torch never does")
-            part = archive.testzip()
-        if part is not None:
-            raise ValueError(f"checksum of {part} is wrong")
+def check_version(version: Any, kind: str, path: Path) -> None:
+    """Raises ModelError unless this ctseg reads the version of the format that a file names."""
+    if not isinstance(version, int) or version != VERSION:  # a tensor has no single answer to !=
+        found = version if isinstance(version, int) else type(version).__name__
+        raise ModelError(f"{kind} '{path}': format version {found}, this ctseg reads {VERSION}")
+
+
+def load_plain(path: Path, kind: str, device: torch.device | None = None) -> Any:
+    """The plain data in a file of PyTorch's, whoever wrote it; `kind` says in messages what it should be.
+
+    Raises:
+        ModelError: if the file is missing, damaged, compressed, or holds anything but plain data.
+    """
+    try:
+        _check_archive(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about foreign pickles, which are refused anyway
+            return torch.load(path, map_location=device or "cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise ModelError(f"{kind} '{path}': no such file") from error
+    except pickle.UnpicklingError as error:
+        raise ModelError(f"{kind} '{path}': holds more than plain data (or is damaged); refused") from error
+    except Exception as error:  # damaged bytes make the unpickler fail in any way: IndexError, struct.error, ...
+        raise ModelError(f"{kind} '{path}': damaged or no {kind} ({_first_line(error)})") from error
+
+
+def _check_archive(path: Path) -> None:
+    """Raises ValueError if a part is not what was written, or would unpack to more than the file holds."""
+    if not zipfile.is_zipfile(path):
+        return  # torch reads its own older files, and finds out about others
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise ValueError("its parts are compressed, as torch never does")
+        if sum(entry.file_size for entry in entries) > path.stat().st_size:
+            raise ValueError("its parts claim more than the file holds")
+        part = archive.testzip()
+    if part is not None:
+        raise ValueError(f"the checksum of {part[:80]!r} is wrong; copy the file again")
 
 
 def file_sha256(path: Path) -> str:

@@ -10,10 +10,7 @@ tensor is touched before its name and shape are known to fit.
 
 from __future__ import annotations
 
-import pickle
 import re
-import warnings
-import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ctseg.engine.checkpoint import FORMAT, VERSION, file_sha256
+from ctseg.engine.checkpoint import FORMAT, check_version, file_sha256, load_plain
 from ctseg.errors import CtsegError, ModelError, list_problems
 from ctseg.networks import network_for
 from ctseg.recipe import Recipe
@@ -112,7 +109,9 @@ def read_weights(path: Path) -> Weights:
     Raises:
         ModelError: if the file is missing, damaged, holds more than plain data, or holds no state dict.
     """
-    content = _load_plain(path)
+    if path.exists() and path.stat().st_size > MAX_BYTES:
+        raise ModelError(f"weights '{path}': larger than {MAX_BYTES >> 30} GiB; no network here has as much")
+    content = load_plain(path, "weights")
     kind, tensors, recipe = _state_dict_of(content, path)
     if not tensors or len(tensors) > MAX_TENSORS:
         raise ModelError(f"weights '{path}': expected 1 to {MAX_TENSORS} tensors, got {len(tensors)}")
@@ -144,48 +143,15 @@ def check_freeze(prefixes: Iterable[str], network: nn.Module, new: Iterable[str]
     return frozen
 
 
-def _load_plain(path: Path) -> Any:
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ModelError(f"weights '{path}': larger than {MAX_BYTES >> 30} GiB; no network here has as much")
-        _check_archive(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about foreign pickles, which are refused anyway
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise ModelError(f"weights '{path}': no such file") from error
-    except pickle.UnpicklingError as error:
-        raise ModelError(f"weights '{path}': holds more than plain data (or is damaged); refused") from error
-    except ModelError:
-        raise
-    except Exception as error:  # damaged bytes make the unpickler fail in any way: IndexError, struct.error, ...
-        first = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise ModelError(f"weights '{path}': damaged or not a file of weights ({first})") from error
-
-
-def _check_archive(path: Path) -> None:
-    """PyTorch never compresses: an archive that unpacks to more than it is would fill the memory."""
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-            raise ModelError(f"weights '{path}': a compressed archive, which PyTorch does not write; refused")
-        if sum(entry.file_size for entry in entries) > path.stat().st_size:
-            raise ModelError(f"weights '{path}': its archive claims more than the file holds; refused")
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise ModelError(f"weights '{path}': damaged, the checksum of {damaged[:120]} is wrong; copy the file again")
-
-
 def _state_dict_of(content: Any, path: Path) -> tuple[str, Mapping[Any, Any], Any]:
     if not isinstance(content, Mapping):
         raise ModelError(f"weights '{path}': expected a state dict, got {type(content).__name__}")
-    if content.get("format") == FORMAT and content.get("version") != VERSION:
-        raise ModelError(f"weights '{path}': format version {content.get('version')}, this ctseg reads {VERSION}")
     if isinstance(content.get("model"), Mapping):
         if content.get("format") == FORMAT:
-            return "ctseg checkpoint", content["model"], content.get("recipe")
+            check_version(content.get("version"), "weights", path)
+            average = content.get("average")  # what `validate` and `infer` use too
+            state = average if isinstance(average, Mapping) else content["model"]
+            return "ctseg checkpoint", state, content.get("recipe")
         return ("MMAR checkpoint" if "train_conf" in content else "checkpoint"), content["model"], None
     if isinstance(content.get("state_dict"), Mapping):
         return "checkpoint", content["state_dict"], None
@@ -293,7 +259,8 @@ def _preprocessing_notes(theirs: Any, recipe: Recipe) -> list[str]:
     if not isinstance(old, Mapping):
         return []
     keys = [key for key in ("spacing_mm", "hu_window") if key in old and old[key] != new[key]]
-    return [f"the weights were trained with preprocess.{k} = {old[k]!r:.60}, this recipe has {new[k]}" for k in keys]
+    told = {key: " ".join(repr(old[key]).split())[:60] for key in keys}  # of a stranger, and may be long
+    return [f"the weights were trained with preprocess.{k} = {told[k]}, this recipe has {new[k]}" for k in keys]
 
 
 def _beginnings(names: list[str]) -> str:

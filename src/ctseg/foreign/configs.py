@@ -8,8 +8,11 @@ evaluate (`#...` and `@...` in an MMAR, `$...` in a bundle) becomes an `Expressi
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +27,13 @@ MAX_LINKS = 8
 """So many references may lead from one to the next."""
 MAX_LIST = 64
 """A list that a reference leads to holds sizes or widths."""
+MAX_COMPONENTS = 10_000
+MAX_TEXT = 256
+"""References, the values put in for names inside a text, and keys in messages: few of them must not fill the memory."""
 OWN_CODE = "own code"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Expression:
     """A value that only a program could give."""
 
@@ -35,6 +41,9 @@ class Expression:
 
     def __str__(self) -> str:
         return self.text[:200]
+
+    def __repr__(self) -> str:
+        return f"the expression {str(self)!r}"
 
 
 @dataclass(frozen=True)
@@ -81,13 +90,18 @@ def read_json(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
     """The JSON object in `path`.
 
     Raises:
-        RecipeError: if it cannot be read, is too large or too deep, or is no JSON object.
+        RecipeError: if it cannot be read, is too large or too deep, gives a key twice, or is no JSON object.
     """
     try:
         if path.stat().st_size > max_bytes:
             raise RecipeError(f"'{path}': larger than {max_bytes >> 20} MiB; expected a configuration")
-        data = json.loads(path.read_text(encoding="utf-8-sig"), parse_constant=_refuse_constant)
-    except (OSError, ValueError, RecursionError) as error:
+        text = path.read_text(encoding="utf-8-sig")
+        data = json.loads(
+            text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_without_repeated_keys
+        )
+    except OSError as error:
+        raise RecipeError(f"'{path}': cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise RecipeError(f"'{path}': cannot be read as JSON: {error}") from error
     if not isinstance(data, dict):
         raise RecipeError(f"'{path}': expected a JSON object, got {type(data).__name__}")
@@ -100,7 +114,7 @@ def mmar_config(path: Path, environment: dict[str, Any]) -> Config:
     """The components of one of an MMAR's config files; those with `"disabled": true` are left out.
 
     Raises:
-        RecipeError: if it cannot be read.
+        RecipeError: if it cannot be read or holds too much.
     """
     data = read_json(path)
     variables = {**environment, **data}
@@ -109,7 +123,7 @@ def mmar_config(path: Path, environment: dict[str, Any]) -> Config:
         return _substituted(text, variables, MAX_LINKS)
 
     plain = _resolved(data, follow)
-    found = tuple(_mmar_components(plain, path.name, ""))
+    found = _limited(path, _mmar_components(plain, path.name, ""))
     return Config(path.name, found, {k: v for k, v in plain.items() if not isinstance(v, dict | list)} | _seed(plain))
 
 
@@ -117,7 +131,7 @@ def bundle_config(path: Path) -> Config:
     """The components of one of a bundle's config files; those with `"_disabled_": true` are left out.
 
     Raises:
-        RecipeError: if it cannot be read.
+        RecipeError: if it cannot be read or holds too much.
     """
     data = read_json(path)
 
@@ -125,9 +139,16 @@ def bundle_config(path: Path) -> Config:
         return _referenced(text, data, MAX_LINKS)
 
     plain = _resolved(data, follow)
-    found = tuple(_bundle_components(plain, path.name, ""))
+    found = _limited(path, _bundle_components(plain, path.name, ""))
     values = {k: v for k, v in plain.items() if not isinstance(v, dict | list)}
     return Config(path.name, found, values | _seed_of_bundle(plain))
+
+
+def _limited(path: Path, components: Iterator[Component]) -> tuple[Component, ...]:
+    found = tuple(itertools.islice(components, MAX_COMPONENTS + 1))
+    if len(found) > MAX_COMPONENTS:
+        raise RecipeError(f"'{path}': more than {MAX_COMPONENTS} components; expected a configuration")
+    return found
 
 
 def _seed(plain: dict[str, Any]) -> dict[str, Any]:
@@ -147,6 +168,20 @@ def _seed_of_bundle(plain: dict[str, Any]) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not a number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _refuse_constant(text[:80])
+
+
+def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of two values for one key a reader would see the first, and JSON takes the last."""
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        repeated = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"key {repeated[:80]!r} stands twice")
+    return data
 
 
 def _deeper_than(data: Any, levels: int) -> bool:
@@ -177,6 +212,8 @@ def _substituted(text: str, variables: dict[str, Any], links: int) -> Any:
     """`"{NAME}"` becomes the variable's value, with its type; names inside a longer text become text."""
     if text.startswith(("#", "@")):
         return Expression(text)
+    if len(text) > MAX_TEXT:
+        return text
     whole = re.fullmatch(r"\{(\w+)\}", text)
     if whole:
         value = variables.get(whole[1])
@@ -186,7 +223,8 @@ def _substituted(text: str, variables: dict[str, Any], links: int) -> Any:
 
     def inside(match: re.Match[str]) -> str:
         value = variables.get(match[1])
-        return str(value) if isinstance(value, str | int | float) else match[0]
+        text = str(value) if isinstance(value, str | int | float) else match[0]
+        return text if len(text) <= MAX_TEXT else match[0]
 
     return re.sub(r"\{(\w+)\}", inside, text)
 
@@ -195,11 +233,11 @@ def _referenced(text: str, data: dict[str, Any], links: int) -> Any:
     """`"@id"` and `"%id"` become the plain value they name in the same file."""
     if not text.startswith(("@", "%")):
         return Expression(text) if text.startswith("$") else text
-    if not re.fullmatch(r"[@%]\w+((#|::)\w+)*", text) or links == 0:
+    if len(text) > MAX_TEXT or not re.fullmatch(r"[@%]\w+((#|::)\w+)*", text) or links == 0:
         return Expression(text)
     value: Any = data
     for key in re.split(r"#|::", text[1:]):
-        if isinstance(value, list) and key.isdigit() and int(key) < len(value):
+        if isinstance(value, list) and key.isdecimal() and int(key) < len(value):
             value = value[int(key)]
         elif isinstance(value, dict) and key in value:
             value = value[key]
@@ -246,7 +284,7 @@ def _inside(
 ) -> Iterator[Component]:
     if isinstance(item, dict):
         for key, value in item.items():
-            yield from walk(value, file, f"{path}.{key}" if path else str(key))
+            yield from walk(value, file, f"{path}.{key[:MAX_TEXT]}" if path else key[:MAX_TEXT])
     elif isinstance(item, list):
         for n, value in enumerate(item):
             yield from walk(value, file, f"{path}[{n}]")

@@ -28,29 +28,31 @@ class Draft:
     notes: list[str] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
     """Places of components that were translated."""
+    unknown: dict[str, Any] = field(default_factory=dict)
+    """Expressions by `section.key`: unless another place or --set gives the value, the recipe is refused."""
     num_classes: int | None = None
     """Channels that come out of the network."""
 
     def put(self, key: str, value: Any, source: str) -> None:
-        """Sets a value; of two that differ the first stays and the second is listed."""
-        if key not in self.values:
+        """Sets a value; of two that differ the first stays and the second is listed, as is an expression."""
+        if has_expression(value):
+            self.unknown[key] = value
+            self.leave_expression(value, source, key)
+        elif key not in self.values:
             self.values[key], self.sources[key] = value, source
         elif self.values[key] != value:
             self.left.append(Left(source, f"{value!r:.80}", f"differs from {self.sources[key]}, which gave {key}"))
 
     def put_default(self, key: str, value: Any, reason: str) -> None:
         """Sets a value that nothing gave."""
-        if key not in self.values:
+        if key not in self.values and key not in self.unknown:
             self.put(key, value, f"ours: {reason}")
 
     def take(self, key: str, component: Component, argument: str, default: Any = None) -> None:
-        """Sets a value from a component's argument; an expression is listed instead."""
+        """Sets a value from a component's argument."""
         self.used.add(component.where)
         value = component.args.get(argument, default)
-        if has_expression(value):
-            reason = f"an expression, which is not evaluated; give {key} with --set"
-            self.left.append(Left(component.where_of(argument), told(value), reason))
-        elif value is not None:
+        if value is not None:
             given = argument in component.args
             self.put(key, value, component.where_of(argument) if given else f"default of MONAI's {component.name}")
 
@@ -61,6 +63,10 @@ class Draft:
             known = " or ".join(map(told, allowed))
             reason = "a recipe has it not" if allowed == (None,) else f"ctseg has only {known}"
             self.left.append(Left(component.where_of(argument), f"{component.name} {argument}={told(value)}", reason))
+
+    def leave_expression(self, value: Any, source: str, key: str) -> None:
+        """Lists an expression that stands where `key` is told."""
+        self.left.append(Left(source, told(value), f"an expression, which is not evaluated; give {key} with --set"))
 
     def leave(self, component: Component, reason: str) -> None:
         """Lists a component."""

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ctseg.errors import CtsegError, ManifestError, RecipeError
-from ctseg.files import write_json
 from ctseg.foreign.configs import Component, Config, bundle_config, mmar_config, read_json
 from ctseg.foreign.draft import Draft, Left
 from ctseg.foreign.translate import translate
-from ctseg.manifest import MAX_MANIFEST_BYTES, SPLITS, Manifest, read_manifest
+from ctseg.manifest import MAX_MANIFEST_BYTES, SPLITS, Manifest, manifest_from_data
 from ctseg.recipe import Recipe, recipe_from_dict
 from ctseg.workspace import manifest_to_dict
 
@@ -96,7 +94,7 @@ def import_bundle(request: Request) -> Imported:
     if not read.keys() & {"train", "inference"}:
         raise CtsegError(
             f"'{request.folder}' is not a MONAI bundle that can be read: it has neither configs/train.json nor "
-            f"configs/inference.json"
+            f"configs/inference.json (other formats, YAML for one, are not read)"
         )
     metadata = read_json(configs / "metadata.json") if (configs / "metadata.json").is_file() else {}
     draft = Draft()
@@ -136,7 +134,7 @@ def _finish(request: Request, draft: Draft, about: dict[str, Any], data_list: Da
         **about,
         "data": {"manifest": manifest},
     }
-    for key, value in draft.values.items():
+    for key, value in {**draft.unknown, **draft.values}.items():
         section, _, name = key.partition(".")
         plain.setdefault(section, {})[name] = value
     recipe = _read(plain, f"'{folder}'", request.overrides, draft)
@@ -174,8 +172,9 @@ def _as_read(value: Any) -> Any:
 def _labels(draft: Draft, names: Mapping[str, str]) -> dict[str, str]:
     """A name for each channel but the background; those that nobody named are numbered."""
     known = {str(key): _clean(value) for key, value in names.items() if str(key) != "0"}
-    count = draft.num_classes - 1 if draft.num_classes else max(len(known), 1)
-    labels = {str(n): known.get(str(n)) or f"structure_{n}" for n in range(1, min(count, 255) + 1)}
+    count = len(known) if draft.num_classes is None else draft.num_classes - 1
+    shown = min(count, 256)  # one more than a recipe may have
+    labels = {str(n): known.get(str(n)) or f"structure_{n}" for n in range(1, shown + 1)}
     return labels if len(set(labels.values())) == len(labels) else {n: f"structure_{n}" for n in labels}
 
 
@@ -221,34 +220,38 @@ def _mmar_data_list(
 def _image_folder(component: Component) -> Path | None:
     """The original's DATA_ROOT, where it is there."""
     text = component.args.get("data_file_base_dir")
-    return Path(text) if isinstance(text, str) and Path(text).is_absolute() and Path(text).is_dir() else None
+    try:
+        return Path(text) if isinstance(text, str) and Path(text).is_absolute() and Path(text).is_dir() else None
+    except OSError:  # a name that is too long, or a folder of others
+        return None
 
 
 def _confined(folder: Path, text: Any) -> Path | None:
     """The file that `text` names inside `folder`, if there is one; neither '..' nor a link may lead out of it."""
-    if not isinstance(text, str) or Path(text).is_absolute() or ".." in PurePosixPath(text).parts or "\0" in text:
+    if not isinstance(text, str) or Path(text).is_absolute() or ".." in PurePosixPath(text).parts:
         return None
     path = folder / text
-    return path if path.is_file() and path.resolve().is_relative_to(folder.resolve()) else None
+    try:
+        return path if path.is_file() and path.resolve().is_relative_to(folder.resolve()) else None
+    except OSError:
+        return None
 
 
 def _data_list(request: Request, draft: Draft, file: Path, keys: dict[str, str], root: Path | None) -> DataList | None:
     """The cases in `file`, checked as any data list is; None, with the reason listed, where they break a rule."""
+    source = f"data list of '{request.folder.resolve().name}'"
     try:
         data = read_json(file, MAX_MANIFEST_BYTES)
-        splits = _splits(data, keys)
-        about = {key: data[key] for key in ("name", "labels", "licence") if key in data}
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "manifest.json"
-            write_json(path, {"source": f"data list of '{request.folder.resolve().name}'", **about, **splits})
-            manifest = read_manifest(path, Path() if root is None else root)
-    except (ManifestError, RecipeError, ValueError) as error:
+        about: dict[str, Any] = {key: data[key] for key in ("name", "labels", "licence") if key in data}
+        content = {"source": source, **about, **_splits(data, keys)}
+        manifest = manifest_from_data(content, file, Path() if root is None else root)
+    except (ManifestError, RecipeError) as error:
         if request.manifest is not None:
             raise
         draft.left.append(Left(file.name, "data list", str(error).replace("\n", " ")[:300]))
         return None
-    content = manifest_to_dict(manifest) if root is not None else _relative(manifest)
-    return DataList(content, len(manifest.cases), root is not None)
+    plain = manifest_to_dict(manifest) if root is not None else _relative(manifest)
+    return DataList(plain, len(manifest.cases), root is not None)
 
 
 def _splits(data: dict[str, Any], keys: dict[str, str]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 from ctseg.foreign.configs import Component
@@ -54,6 +55,8 @@ def _is_plain_network(draft: Draft, component: Component, expected: dict[str, tu
     """True if a recipe can say all of it; else the reasons are listed, and a gap is left for the reader to refuse."""
     classes = component.args.get("out_channels")
     draft.num_classes = classes if isinstance(classes, int) else draft.num_classes
+    if has_expression(classes):
+        draft.leave_expression(classes, component.where_of("out_channels"), "labels")
     before = len(draft.left)
     for argument, allowed in {"spatial_dims": (3,), "dimensions": (3,), "in_channels": (1,), **expected}.items():
         draft.need(component, argument, *allowed)
@@ -124,8 +127,9 @@ def _step_lr(draft: Draft, component: Component) -> None:
 def _cosine(draft: Draft, component: Component) -> None:
     draft.put("schedule.kind", "cosine", component.where)
     lr, last, length = draft.values.get("optimizer.lr"), component.args.get("eta_min", 0), component.args.get("T_max")
-    if isinstance(lr, int | float) and isinstance(last, int | float) and lr > 0:
-        draft.put("schedule.final_fraction", last / lr, component.where_of("eta_min"))
+    if isinstance(lr, int | float) and isinstance(last, int | float) and lr > 0 <= last:
+        last = _ratio(last, lr)
+    draft.put("schedule.final_fraction", last, component.where_of("eta_min"))
     draft.need(component, "T_max", draft.values.get("training.epochs", length))
 
 
@@ -157,7 +161,7 @@ def _window_of_intensity(draft: Draft, component: Component) -> None:
         return
     if component.args.get("clip") is not True:
         draft.left.append(Left(component.where_of("clip"), "ScaleIntensityRanged clip=false", "ctseg clips to 0..1"))
-    if not has_expression(limits) and None not in limits:
+    if None not in limits:
         draft.put("preprocess.hu_window", limits, component.where_of("a_min, a_max"))
 
 
@@ -197,11 +201,16 @@ def _discrete(draft: Draft, component: Component) -> None:
 def _patches(draft: Draft, component: Component) -> None:
     draft.take("sampling.patch_size", component, "spatial_size")
     draft.take("sampling.patches_per_case", component, "num_samples", 1)
-    positive, negative = component.args.get("pos", 1), component.args.get("neg", 1)
-    numbers = all(isinstance(n, int | float) and n >= 0 for n in (positive, negative))
-    if numbers and positive + negative > 0:
-        share = positive / (positive + negative)
-        draft.put("sampling.positive_fraction", share, component.where_of("pos : neg"))
+    both, where = [component.args.get(name, 1) for name in ("pos", "neg")], component.where_of("pos : neg")
+    if all(isinstance(n, int | float) and n >= 0 for n in both) and any(both):
+        draft.put("sampling.positive_fraction", _ratio(both[0], sum(map(Fraction, both))), where)
+    else:
+        draft.left.append(Left(where, told(both), "no two numbers; give sampling.positive_fraction with --set"))
+
+
+def _ratio(part: float | Fraction, whole: float | Fraction) -> float:
+    """Exact before it is rounded, as numbers of a stranger may be beyond what a float holds."""
+    return float(min(Fraction(part) / Fraction(whole), Fraction(10**9)))
 
 
 def _shift(draft: Draft, component: Component) -> None:
@@ -221,7 +230,10 @@ def _flip(draft: Draft, component: Component) -> None:
     if len(axes) != 1 or axes[0] not in (0, 1, 2):
         draft.leave(component, "a recipe flips each axis by itself, this one several at once")
         return
-    draft.take(f"flip.axis {axes[0]}", component, "prob", 0.1)
+    if has_expression(component.args.get("prob")):
+        draft.leave(component, "its probability is an expression; give augmentation.flip_probability with --set")
+        return
+    draft.take(f"flip.axis {int(axes[0])}", component, "prob", 0.1)
 
 
 def _rotate90(draft: Draft, component: Component) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from ctseg.foreign.configs import Component, Config
+from ctseg.foreign.configs import Component, Config, Expression
 from ctseg.foreign.draft import Draft, Left
 from ctseg.foreign.parts import DETERMINISTIC, ENGINE, LOSSES, NETWORKS, OPTIMIZERS, RANDOM, SCHEDULES
 
@@ -68,7 +68,7 @@ def _scalars(draft: Draft, training: Config) -> None:
         ("training.seed", ("determinism.random_seed", "initialize")),
     ):
         for name in names:
-            if isinstance(values.get(name), int):
+            if isinstance(values.get(name), int | Expression):
                 draft.put(key, values[name], f"{file} {name}")
     if values.get("multi_gpu") is True:
         draft.left.append(Left(f"{file} multi_gpu", "true", "not of the recipe; train with --gpus N"))

@@ -1,7 +1,7 @@
 """Made CT of spine, ribs and pelvis with bone lesions: the label is the lesions.
 
 Lytic lesions replace bone by soft tissue and may break through its surface, blastic ones are denser than marrow, mixed
-ones are both. Their volumes span three orders of magnitude. Look-alikes are not labelled: bone islands (small and
+ones have a dense rim and lumps in a soft core. Their volumes span three orders of magnitude. Look-alikes are not labelled: bone islands (small and
 denser than any lesion; the border of 885 HU is that of Ulano et al. 2016, doi:10.2214/AJR.15.15020), outgrowths at the
 edges of vertebrae, the vein in the middle of a vertebra, and chalk in the wall of the aorta.
 """
@@ -51,6 +51,8 @@ TRUNK = PhantomSize((290.0, 335.0), (0.72, 0.85), 8_000_000)
 """A grown patient, scanned from the lower ribs to the pelvis."""
 MAIN_ML, OTHER_ML = (8.0, 45.0), (0.1, 6.0)
 """Range of volumes wanted of a patient's largest lesion and of the others; drawn evenly on a logarithmic scale."""
+MAIN_KINDS, OTHER_KINDS = (0.0, 0.65, 0.35), (0.35, 0.4, 0.25)
+"""How often a patient's largest lesion and the others are lytic, blastic, mixed: most as in prostate cancer."""
 
 _MIDDLE_MM = -95.0
 """Height of the scan's middle above the origin of the anatomy, which is the spleen."""
@@ -174,7 +176,7 @@ def _draw_lesions(rng: np.random.Generator, bones: list[_Bone], enlargement: flo
         place = _find_place(rng, bones, volume, taken)
         if place is None:
             continue
-        kind = int(rng.choice(LESION_VALUES, p=(0.45, 0.35, 0.2)))
+        kind = int(rng.choice(LESION_VALUES, p=MAIN_KINDS if n == 0 else OTHER_KINDS))
         shape, radius = _sized(rng, place, kind, volume * 1000)
         taken.append(dataclasses.replace(place, radius_mm=radius))
         structures += _paint_lesion(rng, kind, shape, place.center_mm, radius)
@@ -245,14 +247,15 @@ def _paint_lesion(
     if kind == LYTIC:
         return [Structure(shape, (Layer(0, rng.uniform(15, 75), LYTIC),))]
     if kind == BLASTIC:
-        return [Structure(shape, (Layer(0, rng.uniform(520, 820), BLASTIC),))]
-    soft, dense = rng.uniform(20, 80), rng.uniform(550, 850)
+        return [Structure(shape, (Layer(0, rng.uniform(640, 860), BLASTIC),))]
+    soft, dense = rng.uniform(20, 80), rng.uniform(640, 860)
     lumps = [
         ellipsoid(near(rng, center_mm, _cube(0.75 * radius_mm)), near(rng, _cube(0.38 * radius_mm), _cube(0.1)))
         for _ in range(int(rng.integers(3, 7)))
     ]
+    rim_mm = min(4.0, 0.35 * radius_mm)
     return [
-        Structure(shape, (Layer(0, soft, MIXED),)),
+        Structure(shape, (Layer(0, dense, MIXED), Layer(rim_mm, soft))),
         *[Structure(intersection(lump, shape), (Layer(0, dense),)) for lump in lumps],
     ]
 
