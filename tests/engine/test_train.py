@@ -26,7 +26,8 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 def test_a_run_holds_all_that_belongs_to_it(tiny_result: TrainResult, tiny_recipe: Recipe, changed) -> None:
     names = {path.name for path in tiny_result.run.iterdir()}
-    files = {"recipe.json", "data.json", "last.pt", "best.pt", "log.csv", "log.jsonl", "curves.png", "tensorboard"}
+    checkpoints = {"last.pt", "previous.pt", "best.pt"}
+    files = {"recipe.json", "data.json", *checkpoints, "log.csv", "log.jsonl", "curves.png", "tensorboard"}
     assert names == files
     assert (
         json.loads((tiny_result.run / "recipe.json").read_text())

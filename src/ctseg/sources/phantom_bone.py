@@ -1,9 +1,9 @@
 """Made CT of spine, ribs and pelvis with bone lesions: the label is the lesions.
 
 Lytic lesions replace bone by soft tissue and may break through its surface, blastic ones are denser than marrow, mixed
-ones have a dense rim and lumps in a soft core. Their volumes span three orders of magnitude. Look-alikes are not labelled: bone islands (small and
-denser than any lesion; the border of 885 HU is that of Ulano et al. 2016, doi:10.2214/AJR.15.15020), outgrowths at the
-edges of vertebrae, the vein in the middle of a vertebra, and chalk in the wall of the aorta.
+ones have a dense rim and lumps in a soft core. Their volumes span more than two orders of magnitude. Look-alikes are
+not labelled: bone islands (small, and denser than 885 HU as in Ulano et al. 2016, AJR 207:362, where lesions stay
+below), outgrowths at the edges of vertebrae, the vein in the middle of a vertebra, and chalk in the wall of the aorta.
 """
 
 from __future__ import annotations
