@@ -1,5 +1,6 @@
 """The networks: their size, their shape and their first weights."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,14 @@ import torch
 from monai.networks.nets import UNet
 from torch import nn
 
-from ctseg.networks import build_network, count_parameters, fold_for_inference, network_for
+from ctseg.networks import (
+    OneSlopePReLU,
+    build_network,
+    count_parameters,
+    fold_for_inference,
+    network_for,
+    tune_for_training,
+)
 from ctseg.recipe import Recipe, load_recipe
 
 
@@ -86,3 +94,30 @@ def test_folded_network_gives_the_same_answer_and_leaves_its_input_alone() -> No
     assert torch.equal(image, before)
     assert float((wanted - got).abs().max()) < 1e-5 * float(wanted.abs().max())
     assert not any(isinstance(module, nn.BatchNorm3d | nn.PReLU) for module in network.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_fast_prelu_has_pytorchs_values_and_gradients(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    stock = nn.PReLU(init=0.3).to(dtype if dtype is torch.float64 else torch.float32)
+    fast = tune_for_training(copy.deepcopy(stock), torch.device("cpu"))
+    assert type(fast) is OneSlopePReLU
+    images = [torch.randn(2, 3, 9, 8, 7, dtype=dtype).requires_grad_()]
+    images.append(images[0].detach().clone().requires_grad_())
+    weights = torch.randn(2, 3, 9, 8, 7).to(dtype)
+    tolerance = 2e-2 if dtype is torch.bfloat16 else 1e-5
+    results = []
+    for layer, image in zip((stock, fast), images, strict=True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+            results.append(layer(image))
+        (results[-1] * weights).sum().backward()
+    assert results[0].dtype == results[1].dtype
+    torch.testing.assert_close(results[1], results[0], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(images[1].grad, images[0].grad, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(fast.weight.grad, stock.weight.grad, rtol=tolerance, atol=tolerance)
+
+
+def test_only_what_is_slow_is_replaced() -> None:
+    layers = nn.Sequential(nn.PReLU(), nn.PReLU(4), nn.LeakyReLU())
+    assert [type(m) for m in tune_for_training(layers, torch.device("cuda"))] == [nn.PReLU, nn.PReLU, nn.LeakyReLU]
+    assert [type(m) for m in tune_for_training(layers, torch.device("cpu"))] == [OneSlopePReLU, nn.PReLU, nn.LeakyReLU]

@@ -118,4 +118,14 @@ def _fail(message: str, code: int) -> None:
     if message:
         lines = f"ctseg: {message}".splitlines()
         print(*(printable(line) for line in lines), sep="\n", file=sys.stderr)
+    _leave_at_once_if_others_wait(code)
     sys.exit(code)
+
+
+def _leave_at_once_if_others_wait(code: int) -> None:
+    """Ends one of several processes without PyTorch's farewell, which would wait for the others."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

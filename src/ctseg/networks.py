@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ctseg.recipe import Recipe
@@ -84,6 +87,40 @@ def fold_for_inference(network: nn.Module) -> nn.Module:
         if isinstance(getattr(adn, "A", None), nn.PReLU) and adn.A.num_parameters == 1:
             adn.A = nn.LeakyReLU(adn.A.weight.item(), inplace=True)
     return network
+
+
+def tune_for_training(network: nn.Module, device: torch.device) -> nn.Module:
+    """The network with the same answers and gradients, faster on a CPU; weights and their names stay.
+
+    PyTorch's gradient of a PReLU takes a fifth of a UNet's training step there.
+    """
+    for module in network.modules():
+        if device.type == "cpu" and type(module) is nn.PReLU and module.num_parameters == 1:
+            module.__class__ = OneSlopePReLU
+    return network
+
+
+class OneSlopePReLU(nn.PReLU):
+    """PReLU with one slope for all channels: a leaky ReLU whose slope is trained."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        """The image with values below 0 multiplied by the slope."""
+        result: Tensor = _LeakyReLU.apply(image, self.weight)  # type: ignore[no-untyped-call]
+        return result
+
+
+class _LeakyReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, image: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(image, slope)
+        return functional.leaky_relu(image, slope.item())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        image, slope = ctx.saved_tensors
+        image_grad = torch.ops.aten.leaky_relu_backward(grads[0], image, slope.item(), False)
+        slope_grad = (grads[0] * image.clamp(max=0)).sum(dtype=torch.float32)
+        return image_grad, slope_grad.to(slope.dtype).view_as(slope)
 
 
 def count_parameters(network: nn.Module) -> int:

@@ -42,7 +42,7 @@ class SegmentationLoss:
         overlap_BC, volume_BC, cross_entropy = sums_of(logits, labels, self.spec.squared_pred)
         if not self.spec.include_background:
             overlap_BC, volume_BC = overlap_BC[:, 1:], volume_BC[:, 1:]
-        counts = torch.tensor([len(labels), labels.numel()], dtype=torch.float64, device=logits.device)
+        counts = torch.cat([overlap_BC.new_full((1,), n) for n in (len(labels), labels.numel())])  # no copy to a GPU
         if self.spec.batch:
             sums = torch.cat([overlap_BC.sum(0), volume_BC.sum(0), cross_entropy[None], counts])
             *dice_sums, cross_entropy, _, voxels = reduce(sums).unbind()

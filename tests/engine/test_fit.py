@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import itertools
 import json
 import math
 from pathlib import Path
@@ -12,8 +13,10 @@ import torch
 from ctseg.engine import fit
 from ctseg.engine.checkpoint import read_checkpoint, save_checkpoint
 from ctseg.engine.runtime import Runtime
+from ctseg.engine.train import train
 from ctseg.engine.trainer import Trainer
-from ctseg.errors import CtsegError, ModelError, Stopped
+from ctseg.errors import CtsegError, ModelError, OutputError, Stopped
+from ctseg.progress import Silent
 from ctseg.recipe import Recipe
 
 SIX_STEPS = {"epochs": 3, "batch_cases": 2, "validation_interval_epochs": 2}
@@ -248,6 +251,48 @@ def test_two_damaged_checkpoints_are_an_error_that_names_both(tiny_recipe, tmp_p
         Trainer.fresh(tiny_recipe, cpu).load(tmp_path)
 
 
+def test_a_fallback_does_not_lose_the_good_checkpoint(tiny_recipe, tmp_path, train_tiny, cpu, monkeypatch) -> None:
+    """Damaged, gone on from the one before, and the disk is full when the first new one is written."""
+    train_tiny(tiny_recipe, tmp_path)
+    good = (tmp_path / "previous.pt").read_bytes()
+    (tmp_path / "last.pt").write_bytes(b"PK")
+    resumed = Trainer.fresh(tiny_recipe, cpu, content(tmp_path, "previous.pt")["data"])
+    resumed.load(tmp_path)
+
+    def full(*_args) -> None:
+        raise OutputError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ctseg.engine.trainer.save_checkpoint", full)
+        with pytest.raises(OutputError):
+            resumed.save(tmp_path)
+    assert (tmp_path / "previous.pt").read_bytes() == good
+    resumed.save(tmp_path)
+    assert content(tmp_path)["epoch"] == 1
+    resumed.save(tmp_path)
+    assert content(tmp_path, "previous.pt")["epoch"] == 1
+
+
+def test_best_weights_lost_in_a_kill_are_written_again(
+    tiny_recipe, tmp_path, train_tiny, changed, monkeypatch, assert_same
+) -> None:
+    """Killed after the checkpoint of the best epoch, before its weights were kept apart."""
+    monkeypatch.setattr(fit, "bank_dice", lambda *_: [0.5])
+    train_tiny(changed(tiny_recipe, training={"epochs": 1}), tmp_path)
+    expected = content(tmp_path, "best.pt")
+    (tmp_path / "best.pt").unlink()
+    train_tiny(changed(tiny_recipe, training={"epochs": 1}), tmp_path)
+    assert_same(content(tmp_path, "best.pt"), expected)
+
+
+def test_a_checkpoint_from_before_an_option_existed_is_resumed(tiny_recipe, cpu, tmp_path: Path) -> None:
+    Trainer.fresh(tiny_recipe, cpu).save(tmp_path)
+    old = content(tmp_path)
+    del old["recipe"]["training"]["deterministic"], old["recipe"]["lesions"]
+    save_checkpoint(tmp_path / "last.pt", old)
+    assert Trainer.fresh(tiny_recipe, cpu).load(tmp_path) == ""
+
+
 def test_changed_cases_are_refused_unless_asked(tiny_recipe: Recipe, cpu: Runtime, tmp_path: Path) -> None:
     Trainer.fresh(tiny_recipe, cpu, "one").save(tmp_path)
     other = Trainer.fresh(tiny_recipe, cpu, "other")
@@ -267,6 +312,9 @@ def test_a_recipe_may_change_when_asked(
     after.load(tmp_path, changed=True)
     assert (after.epoch, after.history) == (1, before.history)
     assert_same(after.network.state_dict(), before.network.state_dict())
+    frozen = Trainer.fresh(changed(tiny_recipe, training={"freeze": ["model.0"]}), cpu)
+    frozen.load(tmp_path, changed=True)
+    assert frozen.epoch == 1
     with pytest.raises(ModelError, match="weights do not fit"):
         Trainer.fresh(changed(tiny_recipe, network={"channels": [4, 16]}), cpu).load(tmp_path, changed=True)
 
@@ -300,6 +348,76 @@ def test_a_stop_during_validation_repeats_no_step(
     assert (content(run)["epoch"], content(run)["step"]) == (0, 2)
     train_tiny(tiny_recipe, run, manifest=manifest)
     assert_same(content(run), content(tmp_path / "whole"))
+
+
+def test_a_changed_recipe_keeps_the_number_of_patches_unless_it_says_another(
+    tiny_recipe, cpu, tmp_path, changed
+) -> None:
+    before = Trainer.fresh(tiny_recipe, cpu)
+    before.patches_per_pass, before.step, before.losses = 3, 1, [0.5]
+    before.save(tmp_path)
+    for training, expected in (({"epochs": 9}, 3), ({"patches_per_pass": 2}, 2)):
+        after = Trainer.fresh(changed(tiny_recipe, training=training), cpu)
+        after.load(tmp_path, changed=True)
+        assert after.patches_per_pass == expected
+        assert (after.step, after.losses) == (0, [])  # the epoch begins anew
+
+
+def test_a_changed_run_is_resumed_without_saying_so_again(
+    tiny_recipe, tmp_path, train_tiny, changed, cpu, tiny_prepared
+) -> None:
+    """Even if it was stopped before its first new step."""
+    recipe = changed(tiny_recipe, training={"epochs": 4})
+    train_tiny(tiny_recipe, tmp_path / "run")
+    calls = itertools.count(1)
+    with pytest.raises(Stopped):
+        train(
+            recipe, tmp_path / "run", None, cpu, Silent(), tiny_prepared, lambda: next(calls) == 1, change_recipe=True
+        )
+    for name in {"last.pt", "previous.pt"} & {path.name for path in (tmp_path / "run").iterdir()}:
+        assert content(tmp_path / "run", name)["recipe"]["training"]["epochs"] == 4
+    assert train_tiny(recipe, tmp_path / "run").epochs == 4
+
+
+def test_weights_of_a_fine_tuning_that_never_began_are_not_taken(
+    tiny_recipe, tmp_path, train_tiny, assert_same, cpu
+) -> None:
+    train_tiny(tiny_recipe, tmp_path / "plain")
+    foreign = {name: torch.zeros_like(v) for name, v in Trainer.fresh(tiny_recipe, cpu).network.state_dict().items()}
+    (tmp_path / "run").mkdir()
+    save_checkpoint(tmp_path / "run" / "start.pt", {"model": foreign})
+    train_tiny(tiny_recipe, tmp_path / "run")
+    assert_same(content(tmp_path / "run")["model"], content(tmp_path / "plain")["model"])
+
+
+def test_a_stop_stays_a_stop_when_the_curves_cannot_be_drawn(tiny_recipe, tmp_path, train_tiny, monkeypatch) -> None:
+    def full(*_args, **_options) -> None:
+        raise OutputError("cannot write 'curves.png': disk full")
+
+    monkeypatch.setattr(fit.Recorder, "close", full)
+    with pytest.raises(Stopped):
+        train_tiny(tiny_recipe, tmp_path / "run", stop_after=1)
+
+
+def test_an_overflow_of_the_network_in_float16_is_an_error(tiny_recipe, tmp_path, train_tiny, monkeypatch) -> None:
+    monkeypatch.setattr("ctseg.engine.step.Stepper.step", lambda *_: torch.tensor(math.inf))
+    with pytest.raises(CtsegError, match=r"the loss of epoch 1 is inf; lower optimizer.lr"):
+        train_tiny(tiny_recipe, tmp_path / "run")
+
+
+def test_unknown_or_too_many_frozen_weights_are_refused(tiny_recipe: Recipe, cpu: Runtime, changed) -> None:
+    with pytest.raises(CtsegError, match="no parameter starts with 'modle'"):
+        Trainer.fresh(changed(tiny_recipe, training={"freeze": ["modle"]}), cpu)
+    with pytest.raises(CtsegError, match="nothing is left to train"):
+        Trainer.fresh(changed(tiny_recipe, training={"freeze": ["model"]}), cpu)
+
+
+def test_early_stopping_waits_for_a_validation(tiny_recipe, tmp_path, train_tiny, changed, monkeypatch) -> None:
+    """Validated every second epoch: after three epochs without a rise it ends with the fourth, not the third."""
+    scores = iter([0.7, 0.5, 0.4, 0.3])
+    monkeypatch.setattr(fit, "bank_dice", lambda *_: [next(scores)])
+    training = {"epochs": 8, "early_stop_epochs": 3, "validation_interval_epochs": 2}
+    assert train_tiny(changed(tiny_recipe, training=training), tmp_path / "run").epochs == 6
 
 
 def test_early_stopping_ends_when_validation_rises_no_more(

@@ -42,6 +42,7 @@ class Gpu:
         self.fraction = 0.0
         properties = type("Properties", (), {"total_memory": 16 * 10**9})
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: properties)
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _device: None)
         monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", self.limit)
         monkeypatch.setattr(memory, "_fits", lambda _recipe, _runtime, patches: patches <= room)
 

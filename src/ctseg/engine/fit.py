@@ -19,7 +19,7 @@ from ctseg.engine.model import Model, forward_of
 from ctseg.engine.record import Recorder
 from ctseg.engine.step import Stepper
 from ctseg.engine.trainer import Row, Trainer
-from ctseg.errors import CtsegError, Stopped
+from ctseg.errors import CtsegError, OutputError, Stopped
 from ctseg.metrics import mean_or_none
 from ctseg.progress import Progress
 from ctseg.sampling import CaseArrays
@@ -52,8 +52,8 @@ def fit(
         CtsegError: if the loss is no longer finite.
         Stopped: after a stop request.
     """
-    recorder = _recorder(trainer, run, progress, mlflow_uri) if trainer.runtime.is_main else None
     stepper = Stepper(trainer, training)
+    recorder = _recorder(trainer, run, progress, mlflow_uri) if trainer.runtime.is_main else None
     stop = _Stop(trainer, run, stop_requested)
     progress.start(f"training {trainer.recipe.name}", trainer.recipe.training.epochs - trainer.epoch)
     try:
@@ -66,9 +66,12 @@ def fit(
         if trainer.epoch < trainer.recipe.training.epochs and trainer.best:
             progress.note(f"ended early: no better validation Dice since epoch {trainer.best['epoch']}")
         trainer.runtime.wait_for_all()
-    finally:
+    except BaseException:
         if recorder:
-            recorder.close(finished=trainer.finished)
+            _close_after(recorder, progress)
+        raise
+    if recorder:
+        recorder.close()
     progress.finish()
     return trainer.best
 
@@ -76,6 +79,14 @@ def fit(
 def _recorder(trainer: Trainer, run: Path, progress: Progress, mlflow_uri: str | None) -> Recorder:
     mlflow = None if mlflow_uri is None else MlflowLog(run, trainer.recipe, mlflow_uri)
     return Recorder(run, trainer.recipe, trainer.history, mlflow, progress.note)
+
+
+def _close_after(recorder: Recorder, progress: Progress) -> None:
+    """Closes the logs without hiding what ended the training."""
+    try:
+        recorder.close(finished=False)
+    except OutputError as error:
+        progress.note(f"warning: {error}")
 
 
 class _Stop:
@@ -93,6 +104,7 @@ class _Stop:
     def save_and_raise(self) -> None:
         """Saves the state and raises Stopped."""
         trainer, run = self.trainer, self.run
+        _mean_loss(trainer)  # what has diverged is not kept
         if trainer.runtime.is_main:
             trainer.save(run)
         trainer.runtime.wait_for_all()
@@ -122,11 +134,7 @@ def _run_steps(stepper: Stepper, stop: _Stop) -> None:
 def _finish_epoch(trainer: Trainer, validation: list[CaseArrays], progress: Progress, stop: _Stop) -> Row:
     """Closes the epoch: checks the loss, validates if it is time, appends the row to the history."""
     training, epoch = trainer.recipe.training, trainer.epoch + 1
-    # In float16 a step may overflow now and then; the scaler has skipped it.
-    losses = [v for v in trainer.losses if math.isfinite(v)] if trainer.scaler.is_enabled() else trainer.losses
-    loss = sum(losses) / len(losses) if losses else math.nan
-    if not math.isfinite(loss):
-        raise CtsegError(f"training diverged: the loss of epoch {epoch} is {loss}; lower optimizer.lr")
+    loss = _mean_loss(trainer)
     due = epoch % training.validation_interval_epochs == 0 or epoch == training.epochs
     mean_dice = _validate(trainer, validation, progress, stop) if due and validation else None
     trainer.epoch, trainer.step, trainer.losses = epoch, 0, []
@@ -134,6 +142,24 @@ def _finish_epoch(trainer: Trainer, validation: list[CaseArrays], progress: Prog
     row = {"epoch": epoch, "loss": loss, "mean_dice": mean_dice, "lr": lr}
     trainer.history.append(row)
     return row
+
+
+def _mean_loss(trainer: Trainer) -> float:
+    """Mean loss of the epoch's steps.
+
+    An overflow of gradients in float16 is nothing: the scaler skips that step. One of the network's own values, which
+    shows in the loss, is not undone in the batch statistics.
+
+    Raises:
+        CtsegError: if it is not finite.
+    """
+    loss = sum(trainer.losses) / len(trainer.losses) if trainer.losses else math.nan
+    if not math.isfinite(loss):
+        half = "; or choose --precision bfloat16" if trainer.scaler.is_enabled() else ""
+        raise CtsegError(
+            f"training diverged: the loss of epoch {trainer.epoch + 1} is {loss}; lower optimizer.lr{half}"
+        )
+    return loss
 
 
 def _validate(trainer: Trainer, cases: list[CaseArrays], progress: Progress, stop: _Stop) -> float | None:
@@ -154,11 +180,15 @@ def _validate(trainer: Trainer, cases: list[CaseArrays], progress: Progress, sto
 
 
 def _keep(trainer: Trainer, row: Row, run: Path, recorder: Recorder) -> None:
-    """The checkpoint last: killed before it, the epoch is repeated and gives the same weights and rows again."""
-    if row is trainer.best:
-        trainer.save_best(run, row)
+    """The log, the checkpoint, the best weights.
+
+    Killed before the checkpoint, the epoch is repeated and gives the same row. Killed before the best weights, they are
+    those of the checkpoint and are written when the run goes on.
+    """
     recorder.write(trainer.history)
     trainer.save(run)
+    if row is trainer.best:
+        trainer.save_best(run, row)
 
 
 def _detail(row: Row, best: Row | None) -> str:

@@ -51,6 +51,7 @@ def launch(number: int, arguments: list[str]) -> None:
         rdzv_endpoint="localhost:0",
         max_restarts=0,
     )
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # SIGKILL follows SIGTERM: time to save, not 30 s
     logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
     # Elastic hands SIGTERM on to its processes but does not know Slurm's SIGUSR1.
     signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))

@@ -13,6 +13,7 @@ import torch
 from ctseg.engine.runtime import Runtime
 from ctseg.engine.trainer import Trainer
 from ctseg.errors import DeviceError, NotEnoughMemory
+from ctseg.objectives import build_loss
 from ctseg.progress import Progress
 from ctseg.recipe import Recipe
 
@@ -45,6 +46,7 @@ def fit_into_memory(trainer: Trainer, max_bytes: int, progress: Progress) -> int
         return int(most)
     alone = dataclasses.replace(runtime, rank=0, world_size=1)
     found: int = min(runtime.gather(largest_that_fits(most, lambda patches: _fits(recipe, alone, patches))))
+    torch.cuda.reset_peak_memory_stats(runtime.device)
     if found == 0:
         raise NotEnoughMemory(
             f"training {recipe.name}: one patch of {'x'.join(map(str, recipe.sampling.patch_size))} does not fit into "
@@ -59,7 +61,9 @@ def largest_that_fits(most: int, fits: Callable[[int], bool]) -> int:
     """The first of `most`, its half, a quarter, ... that fits; 0 if not even 1 does."""
     while most and not fits(most):
         most //= 2
-    return int(most)
+        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
+    return most
 
 
 def _fits(recipe: Recipe, runtime: Runtime, patches: int) -> bool:
@@ -68,13 +72,12 @@ def _fits(recipe: Recipe, runtime: Runtime, patches: int) -> bool:
         trainer = Trainer.fresh(recipe, runtime)
         for _ in range(2):  # the second has the optimizer's state in memory from the start
             image = torch.rand(patches, 1, *recipe.sampling.patch_size, device=runtime.device)
+            label = torch.zeros(image.shape, dtype=torch.uint8, device=runtime.device)
             with runtime.autocast():
                 scores = trainer.network(image.contiguous(memory_format=torch.channels_last_3d))
-            trainer.scaler.scale(scores.float().square().mean()).backward()
+            trainer.scaler.scale(build_loss(recipe.objective)(scores, label)).backward()  # type: ignore[no-untyped-call]
             trainer.scaler.step(trainer.optimizer)
             trainer.scaler.update()
     except torch.OutOfMemoryError:
         return False
-    finally:
-        torch.cuda.empty_cache()
     return True

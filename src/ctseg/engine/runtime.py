@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import platform
+import re
 import signal
 import threading
 import time
@@ -22,6 +24,7 @@ from ctseg import slurm
 from ctseg.errors import DeviceError, NotEnoughMemory, PeerLost, Stopped
 from ctseg.limits import available_cpus
 
+LACK_OF_MEMORY = "out of memory|not enough memory|(can't|cannot|failed to) allocate"
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 COLLECTIVE_TIMEOUT = timedelta(days=1)
@@ -137,7 +140,7 @@ def memory_errors(subject: str, device: torch.device) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
+        if isinstance(error, RuntimeError) and not re.search(LACK_OF_MEMORY, str(error), re.IGNORECASE):
             raise
         advice = "a machine with more" if device.type == "cpu" else "--device cpu or a GPU with more"
         raise NotEnoughMemory(f"{subject}: not enough memory on {device}; try {advice}") from error
@@ -147,17 +150,28 @@ def memory_errors(subject: str, device: torch.device) -> Iterator[None]:
 def running(
     device: str = "auto", precision: str = "auto", *, amp: bool = False, alone: bool = False
 ) -> Iterator[Runtime]:
-    """`start_runtime`, and the process group left again at the end; the end of another process is PeerLost."""
+    """`start_runtime`, and the process group left again at the end; the end of another process is PeerLost.
+
+    After an error the others may still be waiting in NCCL, and leaving the group would wait for them: the command line
+    tells the error and ends the process instead, see `cli`.
+    """
     try:
         yield start_runtime(device, precision, amp=amp, alone=alone)
+        _leave_group()
+    except Stopped:
+        _leave_group()
+        raise
     except RuntimeError as error:
         if not _tells_of_lost_peer(error):
             raise
         time.sleep(PEER_GRACE_SECONDS)
         raise PeerLost("another process of this run has ended; its error is above or in its own log") from error
-    finally:
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
+
+
+def _leave_group() -> None:
+    if distributed.is_initialized():
+        gc.collect()  # a network wrapped for several processes is a cycle that keeps the group's threads alive
+        distributed.destroy_process_group()
 
 
 def _join_group(backend: str, rank: int, world_size: int) -> None:

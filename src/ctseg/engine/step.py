@@ -53,7 +53,7 @@ class Stepper:
 
     def begin_epoch(self) -> None:
         """Puts the network into training mode."""
-        train_mode(self.network, [f"{p}{f}" for f in self.trainer.recipe.training.freeze for p in ("", "module.")])
+        train_mode(self.trainer.network, self.trainer.recipe.training.freeze)
 
     def step(self, batch: list[int], steps_per_epoch: int) -> Tensor:
         """One step on the cases of `batch`; returns its loss over all processes' patches, still on the device."""

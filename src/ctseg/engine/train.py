@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ctseg.engine.bank import bank_fingerprint, bank_folder, open_bank, prepare_bank
-from ctseg.engine.checkpoint import BEST, LAST, START, save_checkpoint
+from ctseg.engine.checkpoint import BEST, LAST, PREVIOUS, START, save_checkpoint
 from ctseg.engine.determinism import set_determinism
 from ctseg.engine.fit import fit
 from ctseg.engine.memory import fit_into_memory, peak_memory_bytes
@@ -90,10 +90,16 @@ def train(
     trainer = Trainer.fresh(recipe, runtime, bank_fingerprint(manifest.to_prepare, folder))
     if warning := trainer.load(run, changed=change_recipe):
         progress.note(f"warning: {warning}")
-    if change_recipe and runtime.is_main:
-        replace_recipe(run, recipe)
+    if len(set(runtime.gather((trainer.epoch, trainer.step)))) > 1:
+        raise CtsegError(f"run '{run}': the processes do not read the same checkpoint; is the folder on a shared disk?")
     if max_gpu_bytes is not None:
         trainer.patches_per_pass = fit_into_memory(trainer, max_gpu_bytes, progress)
+    if runtime.is_main:
+        trainer.repair_best(run)
+        if change_recipe and (run / LAST).exists():
+            replace_recipe(run, recipe)
+            trainer.save(run)
+            (run / PREVIOUS).unlink(missing_ok=True)  # of the old recipe: nothing to fall back on
     with memory_errors(f"training {recipe.name}", runtime.device):
         best = fit(trainer, training, validation, run, progress, stop_requested, mlflow_uri)
     return TrainResult(
@@ -126,5 +132,15 @@ def _set_up(
         manifest.split("training")
         if start is not None and not (run / RECIPE_FILE).exists():  # first, so that a run never lacks it
             save_checkpoint(make_folder(run) / START, {"recipe": recipe.to_dict(), **start})
+        elif not (run / RECIPE_FILE).exists():
+            (run / START).unlink(missing_ok=True)  # of a fine-tuning that never began
         start_run(run, recipe, manifest, precision)
+    else:
+        _sweep(run)
     return check_files(read_manifest(run / DATA_FILE))
+
+
+def _sweep(run: Path) -> None:
+    """Removes what a kill in the middle of writing has left."""
+    for leftover in run.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)

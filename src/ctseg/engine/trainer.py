@@ -18,10 +18,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ctseg.engine.checkpoint import BEST, LAST, START, keep_previous, read_checkpoint, read_newest, save_checkpoint
 from ctseg.engine.parallel import globalise
 from ctseg.engine.runtime import Runtime
+from ctseg.engine.weights import check_freeze
 from ctseg.errors import ModelError
-from ctseg.networks import network_for
+from ctseg.networks import network_for, tune_for_training
 from ctseg.objectives import build_optimizer
-from ctseg.recipe import Recipe
+from ctseg.recipe import Recipe, recipe_from_dict
 
 Row = dict[str, Any]
 """One epoch of the log: epoch, loss, mean_dice (None when not validated), lr."""
@@ -49,14 +50,17 @@ class Trainer:
     losses: list[float] = field(default_factory=list)
     """Loss of each step done in the running epoch, over all processes' patches."""
     history: list[Row] = field(default_factory=list)
+    fell_back: bool = False
+    """The last checkpoint is damaged, and training goes on from the one before."""
 
     @classmethod
     def fresh(cls, recipe: Recipe, runtime: Runtime, data: str = "") -> Trainer:
         """A training at its first step; the weights follow from the recipe's seed."""
         torch.manual_seed(recipe.training.seed)
-        network = globalise(network_for(recipe), runtime)
+        network = tune_for_training(globalise(network_for(recipe), runtime), runtime.device)
         network.to(runtime.device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # stubs lack it
-        freeze(network, recipe.training.freeze)
+        for name in check_freeze(recipe.training.freeze, network):
+            network.get_parameter(name).requires_grad_(False)
         scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.amp_dtype is torch.float16)
         decay = recipe.training.ema_decay
         average = None if decay is None else moving_average(network, decay)
@@ -81,8 +85,9 @@ class Trainer:
         """True after the last epoch, or when the validation has not risen for the recipe's number of epochs."""
         training = self.recipe.training
         patience, best = training.early_stop_epochs, self.best
+        just_validated = bool(self.history) and self.history[-1]["mean_dice"] is not None
         stalled = patience is not None and best is not None and self.epoch - best["epoch"] >= patience
-        return self.epoch >= training.epochs or stalled
+        return self.epoch >= training.epochs or (just_validated and stalled)
 
     def save(self, run: Path) -> None:
         """Writes the checkpoint to go on from; the one before it is kept too."""
@@ -99,8 +104,10 @@ class Trainer:
             "losses": self.losses,
             "history": self.history,
         }
-        keep_previous(run)
+        if not self.fell_back:  # else the last one is damaged, and the previous one is all there is
+            keep_previous(run)
         save_checkpoint(run / LAST, content)
+        self.fell_back = False
 
     def save_best(self, run: Path, row: Row) -> None:
         """Writes the weights of the best epoch so far."""
@@ -116,6 +123,7 @@ class Trainer:
             ModelError: if the checkpoints are damaged or do not belong to this recipe and these cases.
         """
         content, warning = read_newest(run)
+        self.fell_back = bool(warning)
         if content is None:
             if (run / START).exists():
                 self._take_weights(read_checkpoint(run / START), run / START)
@@ -126,20 +134,33 @@ class Trainer:
             raise ModelError(f"checkpoint of run '{run}': incomplete or damaged")
         self._take_weights(content, run)
         try:
-            if content["recipe"]["optimizer"]["kind"] == self.recipe.optimizer.kind:
+            before = recipe_from_dict(content["recipe"], f"recipe inside the checkpoint of run '{run}'")
+            if before.optimizer.kind == self.recipe.optimizer.kind and _frozen(before) == _frozen(self.recipe):
                 self.optimizer.load_state_dict(content["optimizer"])
             if content["scaler"]:  # empty when saved without mixed precision
                 self.scaler.load_state_dict(content["scaler"])
-            self.patches_per_pass = content["patches_per_pass"] if not changed else self.patches_per_pass
-            self.epoch, self.step = content["epoch"], content["step"]
-            self.losses, self.history = content["losses"], content["history"]
+            if before.training.patches_per_pass == self.recipe.training.patches_per_pass:
+                self.patches_per_pass = content["patches_per_pass"]
+            self.epoch, self.history = content["epoch"], content["history"]
+            if not changed:  # else the running epoch, whose order of cases may differ, begins anew
+                self.step, self.losses = content["step"], content["losses"]
         except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             raise ModelError(f"checkpoint of run '{run}': incomplete or damaged") from error
         return warning
 
+    def repair_best(self, run: Path) -> None:
+        """Writes the best epoch's weights again if it is the one just loaded: a kill may have come before them."""
+        best = self.best
+        if best is not None and best["epoch"] == self.epoch and self.step == 0:
+            self.save_best(run, best)
+
     def _compare(self, content: dict[str, Any], run: Path) -> None:
-        if content.get("recipe") != self.recipe.to_dict():
-            raise ModelError(f"checkpoint '{run / LAST}': written by another recipe than this run's")
+        before = recipe_from_dict(content.get("recipe"), f"recipe inside the checkpoint of run '{run}'")
+        if before != self.recipe:
+            raise ModelError(
+                f"checkpoint of run '{run}': written by another recipe than this run's; add --change-recipe to go on "
+                f"with this one"
+            )
         if content.get("data") != self.data:
             raise ModelError(
                 f"run '{run}': its prepared cases have changed since; bring back the old files, start a new run, or "
@@ -162,19 +183,13 @@ def moving_average(network: nn.Module, decay: float) -> AveragedModel:
     return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)  # type: ignore[no-untyped-call]
 
 
-def freeze(network: nn.Module, prefixes: Iterable[str]) -> None:
-    """Stops the training of every parameter whose name starts with one of `prefixes`.
-
-    Batch statistics below a prefix stand still too, see `train_mode`.
-    """
-    for name, parameter in network.named_parameters():
-        if name.startswith(tuple(prefixes)):
-            parameter.requires_grad_(False)
+def _frozen(recipe: Recipe) -> set[str]:
+    return set(recipe.training.freeze)
 
 
 def train_mode(network: nn.Module, prefixes: Iterable[str]) -> None:
-    """Training mode for all but the frozen modules."""
+    """Training mode for all but the frozen modules, whose batch statistics stand still too."""
     network.train()
     for name, module in network.named_modules():
-        if prefixes and name.startswith(tuple(prefixes)):
+        if f"{name}.".startswith(tuple(prefixes)):
             module.train(False)
