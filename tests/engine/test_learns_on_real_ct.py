@@ -49,6 +49,7 @@ LESION = ["preprocess.spacing_mm=[3,3,3]", "sampling.patch_size=[64,64,64]", "in
 ONE_CASE = [
     "training.batch_cases=1",
     "optimizer.lr=1e-3",
+    "schedule={kind='cosine'}",
     "augmentation.flip_probability=0",
     "augmentation.rotate90_probability=0",
     "preprocess.binarize_labels=true",
@@ -68,7 +69,7 @@ def lesion(real_data: Path) -> tuple[Path, Path]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "overrides", "epochs", "files"),
-    [("lung", LUNG, 60, lungs), ("lung_soft_dice", LUNG, 60, lungs), ("bone_lesion", LESION, 60, lesion)],
+    [("lung", LUNG, 60, lungs), ("lung_soft_dice", LUNG, 60, lungs), ("bone_lesion", LESION, 120, lesion)],
 )
 def test_every_card_overfits_one_real_case(
     real_data: Path, tmp_path: Path, name: str, overrides: list[str], epochs: int, files: Callable[..., Any]
