@@ -38,6 +38,8 @@ else:
     import tomli as tomllib
 
 RECIPE_FOLDER = Path(__file__).parent / "recipes"
+RECIPE_ENTRY = "ctseg_recipe.json"
+"""Name under which an exported model, a bundle too, carries its recipe."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +99,14 @@ class Recipe:
         """Plain data that `recipe_from_dict` reads back."""
         plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         return plain
+
+    def flat(self) -> dict[str, Any]:
+        """The same as "section.key" -> value, as `--set` names them."""
+        return {
+            f"{section}.{key}" if key else section: value
+            for section, part in self.to_dict().items()
+            for key, value in (part.items() if isinstance(part, dict) else [("", part)])
+        }
 
     @property
     def slug(self) -> str:

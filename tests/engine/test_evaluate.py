@@ -94,7 +94,7 @@ def test_dice_and_volumes_on_the_grid_of_the_label(tiny_model: Model, testing_ca
     mask = np.zeros_like(label)
     mask[tuple(kept.T)] = 1
     answer(mask)
-    (score,) = score_case(tiny_model, testing_case)
+    ((score,), _) = score_case(tiny_model, testing_case)
     assert score.dice == pytest.approx(2 * len(kept) / (len(kept) + len(voxels)))
     assert score.label_ml == pytest.approx(len(voxels) * 0.125)  # voxels of 5 mm
     assert score.mask_ml == pytest.approx(len(kept) * 0.125)
@@ -103,7 +103,7 @@ def test_dice_and_volumes_on_the_grid_of_the_label(tiny_model: Model, testing_ca
 
 def test_an_empty_mask_is_zero_and_counts(tiny_model: Model, testing_case: Case, answer) -> None:
     answer(np.zeros_like(read_labels(testing_case.label).array))
-    (score,) = score_case(tiny_model, testing_case)
+    ((score,), _) = score_case(tiny_model, testing_case)
     assert (score.dice, score.mask_ml) == (0.0, 0.0)
     assert summarise("spleen", [score]).cases == 1
 
@@ -113,7 +113,7 @@ def test_an_empty_label_is_undefined_with_the_mask_still_measured(tiny_model, te
     mask = label.copy()
     mask[:2, :2, :2] = 1
     answer(mask)
-    (score,) = score_case(tiny_model, relabelled(testing_case, tmp_path / "empty.nii.gz", label))
+    ((score,), _) = score_case(tiny_model, relabelled(testing_case, tmp_path / "empty.nii.gz", label))
     assert (score.dice, score.label_ml, score.error) == (None, 0.0, "")
     assert score.mask_ml == pytest.approx(8 * 0.125)
     assert summarise("spleen", [score]).undefined == 1
@@ -127,7 +127,7 @@ def test_each_structure_has_its_own_score(tiny_model: Model, testing_case: Case,
     answer(mask)
     recipe = load_recipe("spleen:small", ['labels.2="liver"'])
     case = relabelled(testing_case, tmp_path / "two.nii.gz", label)
-    spleen, liver = score_case(dataclasses.replace(tiny_model, recipe=recipe), case)
+    (spleen, liver), _ = score_case(dataclasses.replace(tiny_model, recipe=recipe), case)
     assert (spleen.structure, spleen.dice) == ("spleen", 1.0)
     assert (liver.structure, liver.dice) == ("liver", pytest.approx(2 * 2 / (2 + 4)))
 
@@ -167,7 +167,7 @@ def test_a_bug_is_not_a_failed_case(tiny_model: Model, testing_case: Case, monke
         raise CtsegError("no")
 
     monkeypatch.setattr(evaluate, "predict", refused)
-    assert score_case(tiny_model, testing_case)[0].error == "no"
+    assert score_case(tiny_model, testing_case)[0][0].error == "no"
 
 
 def test_an_evaluation_is_plain_data(tiny_model: Model, testing_case: Case) -> None:
@@ -289,7 +289,7 @@ def test_labels_above_one_count_where_the_recipe_binarises(
     label[2:4, 2:4, 2:4], label[10:14, 10, 10] = 1, 7
     answer((label > 0).astype(np.uint8))
     case = relabelled(testing_case, tmp_path / "values.nii.gz", label)
-    (score,) = score_case(with_lesions(tiny_model, "preprocess.binarize_labels=true"), case)
+    ((score,), _) = score_case(with_lesions(tiny_model, "preprocess.binarize_labels=true"), case)
     assert (score.dice, score.label_ml) == (1.0, pytest.approx(12 * 0.125))
-    (score,) = score_case(with_lesions(tiny_model), case)
+    ((score,), _) = score_case(with_lesions(tiny_model), case)
     assert score.label_ml == pytest.approx(8 * 0.125)

@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -89,7 +90,7 @@ def test_a_job_is_queued_again_before_its_time_is_up_and_goes_on(ctseg_slurm, sb
     arguments = recipe(training={"epochs": 30})
     limit = ("--time", 1)
     warned = ctseg_slurm("train", *arguments, "--output", "warned", *limit, "--signal-seconds", 5)
-    line = f"srun {shutil.which('python')} -m ctseg train {' '.join(arguments)} --device cpu --output ended"
+    line = f"srun {sys.executable} -m ctseg train {' '.join(arguments)} --device cpu --output ended"
     ended = sbatch(line, "--time=1")
     for job, run in ((warned, "warned"), (ended, "ended")):
         job.wait((tmp_path / run / "last.pt").exists, "checkpoint")
@@ -147,7 +148,7 @@ def test_a_task_that_cannot_start_ends_all(ctseg_slurm, recipe, tmp_path: Path) 
     """The second node lacks a GPU; the first process waits for it to join."""
     program = tmp_path / "program.sh"
     program.write_text(f'#!/bin/bash\n[ "$SLURM_PROCID" = 1 ] && extra=(--device cuda)\n'
-                       f'exec {shutil.which("python")} -m ctseg "$@" "${{extra[@]}}"\n')  # fmt: skip
+                       f'exec {sys.executable} -m ctseg "$@" "${{extra[@]}}"\n')  # fmt: skip
     job = ctseg_slurm("train", *recipe(), "--nodes", 2, "--output", "run", "--program", f"bash {program}")
     shown = job.end(SOON)
     assert shown["JobState"] == "FAILED"
@@ -158,9 +159,8 @@ def test_a_task_that_cannot_start_ends_all(ctseg_slurm, recipe, tmp_path: Path) 
 
 def test_a_process_whose_peer_was_killed_says_so(sbatch, recipe, tmp_path: Path) -> None:
     """Without srun's help: plain `srun` lets the others run on."""
-    python = shutil.which("python")
     arguments = " ".join(recipe(training={"epochs": 10_000}))
-    line = f"srun --kill-on-bad-exit=0 {python} -m ctseg train {arguments} --device cpu --output run"
+    line = f"srun --kill-on-bad-exit=0 {sys.executable} -m ctseg train {arguments} --device cpu --output run"
     job = sbatch(line, "--nodes=2", "--ntasks-per-node=1")
     job.wait((tmp_path / "run" / "last.pt").exists, "checkpoint")
     job.processes()[1].send_signal(signal.SIGKILL)
@@ -170,7 +170,7 @@ def test_a_process_whose_peer_was_killed_says_so(sbatch, recipe, tmp_path: Path)
 
 
 def test_torchrun_on_two_nodes(sbatch, recipe, tmp_path: Path) -> None:
-    torchrun = Path(shutil.which("python") or "").with_name("torchrun")
+    torchrun = Path(sys.executable).with_name("torchrun")
     meeting = "--nnodes=2 --nproc-per-node=1 --rdzv-backend=c10d --rdzv-endpoint=localhost:29517 --rdzv-id=1"
     line = f"srun {torchrun} {meeting} -m ctseg train {' '.join(recipe()[:-1])} --device cpu --output run"
     job = sbatch(line, "--nodes=2", "--ntasks-per-node=1")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -30,6 +29,7 @@ from ctseg.commands.train import (
     TrainOptions,
     resumed_run,
     run_training,
+    train_options,
 )
 from ctseg.errors import CtsegError, ModelError
 from ctseg.foreign.importing import WEIGHTS
@@ -77,31 +77,10 @@ def finetune(
     quiet: QuietFlag = False,
 ) -> None:
     """Train a recipe on from weights; what matched is kept in the run as start.json."""
-    options = TrainOptions(
-        gpus=gpus,
-        output=output,
-        resume=resume,
-        manifest=manifest,
-        data=data,
-        prepared=prepared,
-        overrides=with_freeze(overrides, freeze),
-        device=device,
-        precision=precision,
-        max_gpu_memory=max_gpu_memory,
-        change_recipe=change_recipe,
-        mlflow=mlflow,
-        as_json=as_json,
-        quiet=quiet,
-    )
+    options = train_options(locals())
     path = check_start(recipe, options, weights, new_head)
     start = None if path is None else partial(_start, path=path, new_head=new_head)
     run_training(recipe, options, start, suffix=SUFFIX)
-
-
-def with_freeze(overrides: list[str] | None, prefixes: list[str] | None) -> list[str]:
-    """The changes of the recipe that --set and --freeze ask for."""
-    freeze = [f"training.freeze={json.dumps(prefixes, ensure_ascii=False)}"] if prefixes else []
-    return [*(overrides or []), *freeze]
 
 
 def check_start(recipe: str, options: TrainOptions, weights: str | None, new_head: bool) -> Path | None:

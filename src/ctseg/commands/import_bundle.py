@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ctseg.commands.common import JsonFlag, Overrides
-from ctseg.commands.import_mmar import ImportData, ImportManifest, ImportOutput, check_output, finish_import
+from ctseg.commands.import_mmar import ImportData, ImportManifest, ImportOutput, run_import
 from ctseg.foreign.importing import Request, import_bundle
 
 
@@ -21,6 +21,5 @@ def import_bundle_command(
     as_json: JsonFlag = False,
 ) -> None:
     """Make a recipe of a MONAI bundle; nothing in it is run, and what is not carried over is listed."""
-    check_output(output)
     request = Request(folder=folder, output=output, overrides=overrides or [], manifest=manifest, data=data)
-    finish_import(import_bundle(request), output, as_json)
+    run_import(import_bundle, request, as_json)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,20 +32,26 @@ def import_mmar_command(
     as_json: JsonFlag = False,
 ) -> None:
     """Make a recipe of a Clara Train MMAR; nothing in it is run, and what is not carried over is listed."""
-    check_output(output)
     request = Request(folder=folder, output=output, overrides=overrides or [], manifest=manifest, data=data)
-    finish_import(import_mmar(request), output, as_json)
+    run_import(import_mmar, request, as_json)
 
 
-def check_output(output: Path) -> None:
-    """Raises CtsegError where an import would replace a file."""
+def run_import(read: Callable[[Request], Imported], request: Request, as_json: bool) -> None:
+    """Imports a folder with `read`, writes what became of it, all files or none, and tells it.
+
+    Raises:
+        CtsegError: where a file would be replaced, or `read` refuses.
+    """
     for name in FILES:
-        if os.path.lexists(output / name):
-            raise CtsegError(f"--output {output}: already holds a {name}; name another folder")
+        if os.path.lexists(request.output / name):
+            raise CtsegError(f"--output {request.output}: already holds a {name}; name another folder")
+    imported = read(request)
+    made = _write(imported, request.output)
+    emit(made, "\n".join(map(printable, _text(imported, made).splitlines())), as_json)
 
 
-def finish_import(imported: Imported, output: Path, as_json: bool) -> None:
-    """Writes what was imported, all files or none, and tells it."""
+def _write(imported: Imported, output: Path) -> dict[str, Any]:
+    """Writes all files or none; returns what was made, as plain data."""
     recipe, data_list, about = (output / name for name in FILES)
     made = report(imported, recipe, None if imported.data_list is None else data_list)
     head = [
@@ -63,8 +70,7 @@ def finish_import(imported: Imported, output: Path, as_json: bool) -> None:
         for name in FILES:
             (output / name).unlink(missing_ok=True)
         raise
-    lines = _text(imported, made).splitlines()
-    emit(made, "\n".join(map(printable, lines)), as_json)
+    return made
 
 
 def _text(imported: Imported, made: dict[str, Any]) -> str:

@@ -13,8 +13,8 @@ from typing import Annotated, Any
 import typer
 
 from ctseg.commands.common import JsonFlag, emit, pairs, say
-from ctseg.commands.finetune import SUFFIX, check_start, with_freeze
-from ctseg.commands.train import TrainOptions, check_data, plan_training
+from ctseg.commands.finetune import SUFFIX, check_start
+from ctseg.commands.train import check_data, plan_training, train_options
 from ctseg.errors import CtsegError
 from ctseg.files import make_folder, write_text
 from ctseg.jobs import find_jobs
@@ -154,7 +154,8 @@ def _plan(context: typer.Context, name: str, resources: Resources) -> _Planned:
 
 def _training(command: Any, given: Parameters, processes: int) -> _Planned:
     """Training in a run folder that is fixed now, so that every later start finds what the first one left."""
-    options, suffix = _train_options(given), ""
+    paths = {name: None if given[name] is None else Path(given[name]) for name in ("output", "data", "prepared")}
+    options, suffix = train_options({**given, **paths}), ""
     if "weights" in given:
         check_start(given["recipe"], options, given["weights"], given["new_head"])
         suffix = SUFFIX
@@ -171,12 +172,6 @@ def _training(command: Any, given: Parameters, processes: int) -> _Planned:
         marker=run / RECIPE_FILE,
     )
     return _Planned(_job_name(run), work, run, reserved=plan.run is None)
-
-
-def _train_options(given: Parameters) -> TrainOptions:
-    values = {field.name: given[field.name] for field in dataclasses.fields(TrainOptions)}
-    paths = {name: None if values[name] is None else Path(values[name]) for name in ("output", "data", "prepared")}
-    return TrainOptions(**{**values, **paths, "overrides": with_freeze(given["overrides"], given.get("freeze"))})
 
 
 def _check_processes(recipe: Recipe, processes: int) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,12 +29,11 @@ from ctseg.commands.common import (
     parse_bytes,
 )
 from ctseg.errors import CtsegError, RecipeError
-from ctseg.files import make_folder, write_json
 from ctseg.manifest import find_manifest
 from ctseg.progress import make_progress
 from ctseg.recipe import Recipe, load_recipe, recipe_from_dict, recipe_names
 from ctseg.sources.catalogue import find_data, is_made
-from ctseg.workspace import PREPARED, RECIPE_FILE, START_REPORT, new_run, newest_run, run_precision, run_recipe
+from ctseg.workspace import PREPARED, RECIPE_FILE, new_run, newest_run, run_precision, run_recipe
 
 if TYPE_CHECKING:
     from ctseg.engine.train import TrainResult
@@ -69,7 +69,7 @@ class TrainOptions:
     manifest: str | None
     data: Path | None
     prepared: Path
-    overrides: list[str] | None
+    overrides: list[str]
     device: str
     precision: str
     max_gpu_memory: str | None
@@ -120,23 +120,16 @@ def train(
     quiet: QuietFlag = False,
 ) -> None:
     """Train a recipe; progress and curves go to the run folder."""
-    options = TrainOptions(
-        gpus=gpus,
-        output=output,
-        resume=resume,
-        manifest=manifest,
-        data=data,
-        prepared=prepared,
-        overrides=overrides,
-        device=device,
-        precision=precision,
-        max_gpu_memory=max_gpu_memory,
-        change_recipe=change_recipe,
-        mlflow=mlflow,
-        as_json=as_json,
-        quiet=quiet,
-    )
-    run_training(recipe, options)
+    run_training(recipe, train_options(locals()))
+
+
+def train_options(parameters: Mapping[str, Any]) -> TrainOptions:
+    """The options of a command that trains, by its parameters' names; `freeze` joins the changes of the recipe."""
+    values = {field.name: parameters[field.name] for field in dataclasses.fields(TrainOptions)}
+    prefixes = parameters.get("freeze")
+    freeze = [f"training.freeze={json.dumps(prefixes, ensure_ascii=False)}"] if prefixes else []
+    values["overrides"] = [*(values["overrides"] or []), *freeze]
+    return TrainOptions(**values)
 
 
 def run_training(
@@ -179,8 +172,6 @@ def run_training(
             progress.note(f"run {run} on {runtime.describe()}")
             for what, value in [] if start is None else start.summary:
                 progress.note(f"{what} {value}")
-            if start is not None and runtime.is_main and not (run / RECIPE_FILE).exists():
-                write_json(make_folder(run) / START_REPORT, start.weights["report"])
             weights = None if start is None else start.weights
             result = engine.train(
                 wanted,
@@ -244,7 +235,8 @@ def resumed_run(
     if run is None:
         raise CtsegError(f"--resume: no run of recipe '{recipe.name}' in 'runs/' of this folder; name it with --output")
     own = run_recipe(run)
-    differing = _differences(recipe.to_dict(), own.to_dict())
+    a, b = recipe.flat(), own.flat()
+    differing = sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
     given_anew = overrides or recipe.name != own.name or not shipped
     if change and shipped:
         return recipe_from_dict(own.to_dict(), f"recipe of run '{run}'", overrides), run
@@ -254,20 +246,6 @@ def resumed_run(
             f"--change-recipe goes on with the new one"
         )
     return (recipe if change else own), run
-
-
-def _differences(wanted: dict[str, Any], present: dict[str, Any]) -> list[str]:
-    """The keys, as section.key, whose values differ."""
-
-    def flat(data: dict[str, Any]) -> dict[str, Any]:
-        return {
-            f"{s}.{k}": v
-            for s, part in data.items()
-            for k, v in (part if isinstance(part, dict) else {"": part}).items()
-        }
-
-    a, b = flat(wanted), flat(present)
-    return sorted(key.rstrip(".") for key in a.keys() | b.keys() if a.get(key) != b.get(key))
 
 
 def _summary(result: TrainResult, about: list[tuple[str, object]]) -> str:

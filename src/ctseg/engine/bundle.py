@@ -16,14 +16,14 @@ import torch
 from torch import nn
 
 import ctseg
-from ctseg.engine.model import RECIPE_ENTRY, Forward, forward_of
+from ctseg.engine.model import Forward, forward_of
 from ctseg.engine.runtime import Runtime
 from ctseg.engine.weights import read_weights
 from ctseg.errors import CtsegError, ModelError
 from ctseg.files import atomic_path, make_folder, output_errors, write_json, write_text
 from ctseg.foreign.importing import WEIGHTS, network_values
 from ctseg.networks import network_for
-from ctseg.recipe import Recipe, recipe_from_dict
+from ctseg.recipe import RECIPE_ENTRY, Recipe, recipe_from_dict
 from ctseg.specs import AHNetSpec, NetworkSpec, SegResNetSpec, UNetSpec
 
 SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20220324.json"

@@ -12,6 +12,7 @@ import hashlib
 import io
 import os
 import pickle
+import shutil
 import warnings
 import zipfile
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch
 
 import ctseg
 from ctseg.errors import ModelError
-from ctseg.files import atomic_path, output_errors
+from ctseg.files import atomic_path
 
 FORMAT = "ctseg-checkpoint"
 VERSION = 1
@@ -38,16 +39,13 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
 
 def keep_previous(run: Path) -> None:
     """Lets the last checkpoint stand as the previous one too, so that a new last one can replace it."""
-    last, linked = run / LAST, run / f".{PREVIOUS}.{os.getpid()}.tmp"
-    if not last.exists():
+    if not (run / LAST).exists():
         return
-    with output_errors(run / PREVIOUS):
-        linked.unlink(missing_ok=True)
+    with atomic_path(run / PREVIOUS) as linked:
         try:
-            os.link(last, linked)
+            os.link(run / LAST, linked)
         except OSError:  # a file system without hard links
-            last.replace(linked)
-        linked.replace(run / PREVIOUS)
+            shutil.copyfile(run / LAST, linked)
 
 
 def read_newest(run: Path) -> tuple[dict[str, Any] | None, str]:

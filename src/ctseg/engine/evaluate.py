@@ -134,7 +134,7 @@ def evaluate(model: Model, cases: tuple[Case, ...], progress: Progress, overlays
     lesions: list[CaseLesions] = []
     progress.start(f"validating {model.recipe.name}", len(cases))
     for case in cases:
-        own_scores, own_lesions = _score_case(model, case, overlays)
+        own_scores, own_lesions = score_case(model, case, overlays)
         scores.extend(own_scores)
         lesions.extend(own_lesions)
         progress.advance(_detail(scores[-1]))
@@ -147,13 +147,11 @@ def evaluate(model: Model, cases: tuple[Case, ...], progress: Progress, overlays
     )
 
 
-def score_case(model: Model, case: Case, overlays: Path | None = None) -> list[CaseScore]:
-    """The scores of one case, or one failed entry for each structure; `CASE.png` in `overlays` if given."""
-    return _score_case(model, case, overlays)[0]
+def score_case(model: Model, case: Case, overlays: Path | None = None) -> tuple[list[CaseScore], list[CaseLesions]]:
+    """The scores of one case, or one failed entry for each structure; `CASE.png` in `overlays` if given.
 
-
-def _score_case(model: Model, case: Case, overlays: Path | None) -> tuple[list[CaseScore], list[CaseLesions]]:
-    """The scores of one case and its lesions, none of these if the case failed or the recipe does not ask for them."""
+    And its lesions: none if the case failed or the recipe does not ask for them.
+    """
     started = time.perf_counter()
     structures = {int(value): name for value, name in model.recipe.labels.items()}
     try:

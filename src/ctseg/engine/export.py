@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from ctseg.engine.bundle import bundle_forward, staging_folder, write_bundle
-from ctseg.engine.model import RECIPE_ENTRY, Forward, forward_of, load_model, load_network
+from ctseg.engine.model import Forward, forward_of, load_model, load_network
 from ctseg.engine.predict import window_starts
 from ctseg.engine.runtime import Runtime
 from ctseg.errors import CtsegError, ModelError
 from ctseg.files import atomic_path, make_folder, output_errors
 from ctseg.preprocess import prepare
-from ctseg.recipe import Recipe
+from ctseg.recipe import RECIPE_ENTRY, Recipe
 from ctseg.sampling import cut_patch
 from ctseg.sources.phantom import make_phantom
 from ctseg.workspace import EXPORT_SUFFIXES

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,10 @@ class MlflowLog:
         """Sends the rows that the server does not have yet; returns a warning if it does not take them, or ""."""
         from mlflow.entities import Metric
 
+        now_ms = round(1000 * time.time())
         rows = [row for row in history if row["epoch"] not in self.sent]
         metrics = [
-            Metric(key=key, value=float(row[key]), timestamp=0, step=row["epoch"])
+            Metric(key=key, value=float(row[key]), timestamp=now_ms, step=row["epoch"])
             for row in rows
             for key in ("loss", "mean_dice", "lr")
             if row[key] is not None
@@ -75,12 +77,13 @@ class MlflowLog:
         return run_id if uri == self.uri else ""
 
     def _new_run(self, run: Path, recipe: Recipe) -> str:
+        from mlflow.entities import Param
+
         experiment = self.client.get_experiment_by_name("ctseg")
         experiment_id = self.client.create_experiment("ctseg") if experiment is None else experiment.experiment_id
         run_id = str(self.client.create_run(experiment_id, run_name=run.name).info.run_id)
-        for section, values in recipe.to_dict().items():
-            for key, value in (values if isinstance(values, dict) else {"": values}).items():
-                self.client.log_param(run_id, f"{section}.{key}".rstrip("."), str(value)[:MAX_PARAM_LENGTH])
+        params = [Param(key, str(value)[:MAX_PARAM_LENGTH]) for key, value in recipe.flat().items()]
+        self.client.log_batch(run_id, params=params)
         write_text(run / RUN_ID_FILE, f"{self.uri}\n{run_id}\n")
         return run_id
 

@@ -16,12 +16,10 @@ from ctseg.engine.checkpoint import file_sha256, read_checkpoint
 from ctseg.engine.runtime import Runtime
 from ctseg.errors import ModelError
 from ctseg.networks import fold_for_inference, network_for
-from ctseg.recipe import Recipe, recipe_from_dict
+from ctseg.recipe import RECIPE_ENTRY, Recipe, recipe_from_dict
 
 Forward = Callable[[Tensor], Tensor]
 """image_BCXYZ float32 -> logits_BCXYZ float32, without gradients."""
-RECIPE_ENTRY = "ctseg_recipe.json"
-"""Name under which an exported file carries its recipe."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,11 +15,11 @@ from ctseg.engine.memory import fit_into_memory, peak_memory_bytes
 from ctseg.engine.runtime import Runtime, memory_errors
 from ctseg.engine.trainer import Trainer
 from ctseg.errors import CtsegError, Stopped
-from ctseg.files import make_folder
+from ctseg.files import make_folder, write_json
 from ctseg.manifest import Manifest, check_files, read_manifest
 from ctseg.progress import Progress
 from ctseg.recipe import Recipe
-from ctseg.workspace import DATA_FILE, PREPARED, RECIPE_FILE, replace_recipe, start_run
+from ctseg.workspace import DATA_FILE, PREPARED, RECIPE_FILE, START_REPORT, replace_recipe, start_run
 
 FindData = Callable[[Progress], Manifest]
 """Finds (or makes) the cases; asked only in the main process and only for a new run."""
@@ -64,7 +64,7 @@ def train(
         prepared: Where prepared cases lie.
         stop_requested: Asked often; see `fit`.
         start: What a new run starts with instead of random weights: "model" (a state dict that fits the network) and
-            "report" (where it came from), kept as `start.pt`.
+            "report" (where it came from), kept as `start.pt` and `start.json`.
         change_recipe: A resumed run goes on with `recipe` and with its cases as they are now.
         mlflow_uri: See `fit`.
         max_gpu_bytes: Steps go through the network in as many passes as this much GPU memory demands.
@@ -130,14 +130,22 @@ def _set_up(
     """The cases of the run, which is started with `manifest` unless that is None."""
     if manifest is not None:
         manifest.split("training")
-        if start is not None and not (run / RECIPE_FILE).exists():  # first, so that a run never lacks it
-            save_checkpoint(make_folder(run) / START, {"recipe": recipe.to_dict(), **start})
-        elif not (run / RECIPE_FILE).exists():
-            (run / START).unlink(missing_ok=True)  # of a fine-tuning that never began
+        if not (run / RECIPE_FILE).exists():  # else `start_run` refuses
+            _keep_start(run, recipe, start)  # first, so that a run never lacks it
         start_run(run, recipe, manifest, precision)
     else:
         _sweep(run)
     return check_files(read_manifest(run / DATA_FILE))
+
+
+def _keep_start(run: Path, recipe: Recipe, start: dict[str, Any] | None) -> None:
+    """Writes what a new run starts with; without, removes that of a fine-tuning that never began."""
+    if start is None:
+        for name in (START, START_REPORT):
+            (run / name).unlink(missing_ok=True)
+        return
+    save_checkpoint(make_folder(run) / START, {"recipe": recipe.to_dict(), **start})
+    write_json(run / START_REPORT, start["report"])
 
 
 def _sweep(run: Path) -> None:

@@ -128,14 +128,15 @@ class Trainer:
             if (run / START).exists():
                 self._take_weights(read_checkpoint(run / START), run / START)
             return warning
+        before = recipe_from_dict(content.get("recipe"), f"recipe inside the checkpoint of run '{run}'")
         if not changed:
-            self._compare(content, run)
+            self._compare(before, content.get("data"), run)
         if "model" not in content:
             raise ModelError(f"checkpoint of run '{run}': incomplete or damaged")
         self._take_weights(content, run)
+        freeze = self.recipe.training.freeze
         try:
-            before = recipe_from_dict(content["recipe"], f"recipe inside the checkpoint of run '{run}'")
-            if before.optimizer.kind == self.recipe.optimizer.kind and _frozen(before) == _frozen(self.recipe):
+            if before.optimizer.kind == self.recipe.optimizer.kind and set(before.training.freeze) == set(freeze):
                 self.optimizer.load_state_dict(content["optimizer"])
             if content["scaler"]:  # empty when saved without mixed precision
                 self.scaler.load_state_dict(content["scaler"])
@@ -154,14 +155,13 @@ class Trainer:
         if best is not None and best["epoch"] == self.epoch and self.step == 0:
             self.save_best(run, best)
 
-    def _compare(self, content: dict[str, Any], run: Path) -> None:
-        before = recipe_from_dict(content.get("recipe"), f"recipe inside the checkpoint of run '{run}'")
+    def _compare(self, before: Recipe, data: Any, run: Path) -> None:
         if before != self.recipe:
             raise ModelError(
                 f"checkpoint of run '{run}': written by another recipe than this run's; add --change-recipe to go on "
                 f"with this one"
             )
-        if content.get("data") != self.data:
+        if data != self.data:
             raise ModelError(
                 f"run '{run}': its prepared cases have changed since; bring back the old files, start a new run, or "
                 f"add --change-recipe to go on with the new ones"
@@ -181,10 +181,6 @@ class Trainer:
 def moving_average(network: nn.Module, decay: float) -> AveragedModel:
     """An exponential moving average of the network's weights and batch statistics."""
     return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)  # type: ignore[no-untyped-call]
-
-
-def _frozen(recipe: Recipe) -> set[str]:
-    return set(recipe.training.freeze)
 
 
 def train_mode(network: nn.Module, prefixes: Iterable[str]) -> None:

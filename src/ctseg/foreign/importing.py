@@ -14,11 +14,9 @@ from ctseg.foreign.configs import Component, Config, bundle_config, mmar_config,
 from ctseg.foreign.draft import Draft, Left
 from ctseg.foreign.translate import translate
 from ctseg.manifest import MAX_MANIFEST_BYTES, SPLITS, Manifest, manifest_from_data
-from ctseg.recipe import Recipe, recipe_from_dict
+from ctseg.recipe import RECIPE_ENTRY, Recipe, recipe_from_dict
 from ctseg.workspace import manifest_to_dict
 
-RECIPE_ENTRY = "ctseg_recipe.json"
-"""A bundle that ctseg exported carries its recipe under this name."""
 WEIGHTS = Path("models", "model.pt")
 SHOWN = 12
 

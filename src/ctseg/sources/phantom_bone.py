@@ -102,9 +102,7 @@ def bone_data() -> MadeData:
 
 def plan_bone(seed: int, index: int, *, size: PhantomSize = TRUNK, grid: Geometry | None = None) -> ScanPlan:
     """The grid and the patient's place in it; the plan that `make_bone` follows."""
-    plan = draw_plan(case_streams(seed, index)[0], size, grid)
-    x, y, z = plan.center_mm
-    return dataclasses.replace(plan, center_mm=(x, y, z - _MIDDLE_MM * plan.stretch[2]))
+    return draw_plan(case_streams(seed, index)[0], size, grid, middle_mm=_MIDDLE_MM)
 
 
 def make_bone(seed: int, index: int, *, size: PhantomSize = TRUNK, grid: Geometry | None = None) -> MadeCase:

@@ -7,7 +7,6 @@ around the patient are as dark as lung and are not lung. Everything else is as i
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,9 +79,7 @@ def lung_data() -> MadeData:
 
 def plan_lung(seed: int, index: int, *, size: PhantomSize = CHEST, grid: Geometry | None = None) -> ScanPlan:
     """The grid and the patient's place in it; the plan that `make_lung` follows."""
-    plan = draw_plan(case_streams(seed, index)[0], size, grid)
-    x, y, z = plan.center_mm
-    return dataclasses.replace(plan, center_mm=(x, y, z - _MIDDLE_MM * plan.stretch[2]))
+    return draw_plan(case_streams(seed, index)[0], size, grid, middle_mm=_MIDDLE_MM)
 
 
 def make_lung(seed: int, index: int, *, size: PhantomSize = CHEST, grid: Geometry | None = None) -> MadeCase:

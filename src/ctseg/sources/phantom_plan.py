@@ -89,8 +89,13 @@ def centered_grid(
     return Geometry.from_parts(size, spacing_mm, (float(x), float(y), float(z)), direction)
 
 
-def draw_plan(rng: np.random.Generator, size: PhantomSize, grid: Geometry | None = None) -> ScanPlan:
-    """A random plan; with `grid` given, that grid, and the patient in its middle."""
+def draw_plan(
+    rng: np.random.Generator, size: PhantomSize, grid: Geometry | None = None, *, middle_mm: float = 0.0
+) -> ScanPlan:
+    """A random plan; with `grid` given, that grid, and the patient in its middle.
+
+    `middle_mm` is the height of the scan's middle above the origin of the anatomy, which is the spleen.
+    """
     width = float(rng.uniform(*size.body_width_mm))
     scale = width / REFERENCE_WIDTH_MM
     stretch = (scale, scale * float(rng.uniform(0.93, 1.06)), scale * float(rng.uniform(0.95, 1.05)))
@@ -106,7 +111,7 @@ def draw_plan(rng: np.random.Generator, size: PhantomSize, grid: Geometry | None
         body_width_mm=width,
         stretch=stretch,
         turn_degrees=turn,
-        center_mm=(x + shift[0], y + shift[1] - back, z + shift[2] * scale),
+        center_mm=(x + shift[0], y + shift[1] - back, z + shift[2] * scale - middle_mm * stretch[2]),
         noise_hu=noise * float(np.clip(np.sqrt(2.5 / thickness), 0.6, 2.0)),
     )
 
