@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import hmac
 import os
@@ -11,7 +12,7 @@ import secrets
 from pathlib import Path
 
 from ctseg.errors import CtsegError
-from ctseg.files import make_folder
+from ctseg.files import make_folder, output_errors
 
 KEY_VARIABLE = "CTSEG_PSEUDONYM_KEY"
 _UID = re.compile(r"\d+(?:\.\d+){4,}")
@@ -37,14 +38,24 @@ def pseudonym_key() -> bytes:
     if given:
         return given.encode("utf-8", "surrogateescape")
     path = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "ctseg" / "pseudonym.key"
-    make_folder(path.parent)
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return _read_key(path)
-    with os.fdopen(descriptor, "w", encoding="ascii") as file:
-        file.write(secrets.token_hex(32) + "\n")
+    if not path.exists():
+        make_folder(path.parent)
+        _make_key(path)
     return _read_key(path)
+
+
+def _make_key(path: Path) -> None:
+    """Writes a key of 256 random bits, whole, unless another process has been faster."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    with output_errors(path):
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            with os.fdopen(descriptor, "w", encoding="ascii") as file:
+                file.write(secrets.token_hex(32) + "\n")
+            with contextlib.suppress(FileExistsError):
+                os.link(temporary, path)
+        finally:
+            temporary.unlink()
 
 
 def _read_key(path: Path) -> bytes:

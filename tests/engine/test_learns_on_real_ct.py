@@ -55,15 +55,27 @@ ONE_CASE = [
 ]
 
 
+BONE = [
+    "preprocess.spacing_mm=[4,4,4]",
+    "sampling.patch_size=[48,48,48]",
+    "inference.window_size=[48,48,48]",
+]
+
+
 def lungs(real_data: Path) -> tuple[Path, Path]:
     """A whole chest, coarse."""
     return real_data / "cip_lung64" / "ct-64.nrrd", real_data / "cip_lung64" / "wholeLung-64.nrrd"
 
 
+def lesion(real_data: Path) -> tuple[Path, Path]:
+    """A large lesion of soft tissue, coarse."""
+    return real_data / "sts_lesion" / "STS_009_ct.nii.gz", real_data / "sts_lesion" / "STS_009_lesion.nii.gz"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "overrides", "epochs", "files"),
-    [("lung", LUNG, 60, lungs)],
+    [("lung", LUNG, 60, lungs), ("bone_lesion", BONE, 240, lesion)],
 )
 def test_a_card_overfits_one_real_case(
     real_data: Path, tmp_path: Path, name: str, overrides: list[str], epochs: int, files: Callable[..., Any]
