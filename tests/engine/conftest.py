@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 
+from ctseg.engine.checkpoint import save_checkpoint
 from ctseg.engine.model import Model, load_model
 from ctseg.engine.runtime import Runtime
 from ctseg.engine.train import TrainResult, train
 from ctseg.manifest import Manifest
+from ctseg.networks import network_for
 from ctseg.progress import Silent
 from ctseg.recipe import Recipe, recipe_from_dict
 
@@ -56,6 +58,22 @@ def tiny_checkpoint(tiny_result: TrainResult) -> Path:
 def tiny_model(tiny_checkpoint: Path, cpu: Runtime) -> Model:
     """The model of the tiny training."""
     return load_model(tiny_checkpoint, cpu)
+
+
+@pytest.fixture(scope="session")
+def made_checkpoint() -> Callable[[Recipe, Path], Path]:
+    """A function that writes a checkpoint of made weights; their batch statistics are not a fresh network's."""
+
+    def make(recipe: Recipe, path: Path) -> Path:
+        torch.manual_seed(2)
+        network = network_for(recipe).train()
+        with torch.no_grad():
+            for _ in range(3):
+                network(torch.rand(2, 1, 32, 32, 32))
+        save_checkpoint(path, {"recipe": recipe.to_dict(), "model": network.state_dict()})
+        return path
+
+    return make
 
 
 @pytest.fixture(scope="session")

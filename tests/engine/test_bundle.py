@@ -15,7 +15,6 @@ from monai.bundle import ConfigParser
 
 from ctseg.engine import export as engine
 from ctseg.engine.bundle import network_definition, write_bundle
-from ctseg.engine.checkpoint import save_checkpoint
 from ctseg.engine.export import export_bundle
 from ctseg.engine.model import load_model, load_network
 from ctseg.engine.predict import predict
@@ -44,17 +43,6 @@ def with_network(recipe: Recipe, kind: str, classes: int = 2) -> Recipe:
     return recipe_from_dict({**plain, "network": NETWORKS[kind], "labels": labels}, "test")
 
 
-def checkpoint_of(recipe: Recipe, path: Path) -> Path:
-    """Made weights with batch statistics that are not those of a fresh network."""
-    torch.manual_seed(2)
-    network = network_for(recipe).train()
-    with torch.no_grad():
-        for _ in range(3):
-            network(torch.rand(2, 1, 32, 32, 32))
-    save_checkpoint(path, {"recipe": recipe.to_dict(), "model": network.state_dict()})
-    return path
-
-
 MONAI_ALONE = """
 import sys, torch
 torch.set_num_threads(1)
@@ -74,9 +62,15 @@ def run_with_monai(bundle: Path, images: Path, masks: Path) -> None:
 
 @pytest.mark.parametrize(("kind", "classes"), [("unet", 2), ("plain_unet", 4), ("segresnet", 2), ("ahnet", 2)])
 def test_monai_gives_the_same_masks(
-    tiny_recipe: Recipe, cpu: Runtime, write_ct: Callable[..., None], tmp_path: Path, kind: str, classes: int
+    tiny_recipe: Recipe,
+    cpu: Runtime,
+    write_ct: Callable[..., None],
+    made_checkpoint,
+    tmp_path: Path,
+    kind: str,
+    classes: int,
 ) -> None:
-    checkpoint = checkpoint_of(with_network(tiny_recipe, kind, classes), tmp_path / "best.pt")
+    checkpoint = made_checkpoint(with_network(tiny_recipe, kind, classes), tmp_path / "best.pt")
     report = export_bundle(checkpoint, tmp_path / "bundle", cpu)
     assert report.largest_difference == 0.0
     (tmp_path / "images").mkdir()

@@ -11,13 +11,11 @@ import pytest
 import torch
 
 from ctseg.engine import export as engine
-from ctseg.engine.checkpoint import save_checkpoint
 from ctseg.engine.export import ExportReport, export
 from ctseg.engine.model import Model, load_model
 from ctseg.engine.predict import predict
 from ctseg.engine.runtime import Runtime
 from ctseg.errors import CtsegError, ModelError, OutputError
-from ctseg.networks import network_for
 from ctseg.recipe import Recipe, load_recipe
 from ctseg.sources.phantom import centered_grid, make_phantom
 from ctseg.volume import Volume
@@ -37,17 +35,6 @@ def exported(request, tiny_checkpoint: Path, cpu: Runtime, tmp_path_factory) -> 
     """The tiny model in each format."""
     output = tmp_path_factory.mktemp("export") / f"model{FORMATS[request.param]}"
     return export(tiny_checkpoint, request.param, output, cpu)
-
-
-def untrained(recipe: Recipe, path: Path) -> Path:
-    """A checkpoint of made weights, with batch statistics that are not those of a fresh network."""
-    torch.manual_seed(2)
-    network = network_for(recipe).train()
-    with torch.no_grad():
-        for _ in range(3):
-            network(torch.rand(2, 1, 32, 32, 32))
-    save_checkpoint(path, {"recipe": recipe.to_dict(), "model": network.state_dict()})
-    return path
 
 
 def agreement(checkpoint: Path, file: Path, volume: Volume, runtime: Runtime) -> tuple[float, float]:
@@ -152,9 +139,11 @@ def test_wrong_names_are_refused_before_any_work(tmp_path: Path, cpu: Runtime) -
 
 @pytest.mark.parametrize("file_format", FORMATS)
 @pytest.mark.parametrize("name", ["spleen:small", pytest.param("spleen", marks=pytest.mark.slow)])
-def test_shipped_recipes_export(tmp_path: Path, cpu: Runtime, phantom: Volume, name: str, file_format: str) -> None:
+def test_shipped_recipes_export(
+    made_checkpoint, tmp_path: Path, cpu: Runtime, phantom: Volume, name: str, file_format: str
+) -> None:
     recipe = load_recipe(name)
-    checkpoint, output = untrained(recipe, tmp_path / "best.pt"), tmp_path / f"model{FORMATS[file_format]}"
+    checkpoint, output = made_checkpoint(recipe, tmp_path / "best.pt"), tmp_path / f"model{FORMATS[file_format]}"
     report = export(checkpoint, file_format, output, cpu)
     assert report.input_shape == (1, 1, *recipe.inference.window_size)
     agreed, labelled = agreement(checkpoint, output, phantom, cpu)
