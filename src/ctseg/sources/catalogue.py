@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from ctseg.manifest import Manifest, check_files, data_folder, find_manifest, read_manifest
+from ctseg.manifest import Manifest, check_files, data_folder, locate_manifest, read_manifest
 from ctseg.progress import Progress
 from ctseg.sources.made import MadeData, write_made
 from ctseg.sources.phantom import DEMO_COUNTS, phantom_data
@@ -26,20 +26,29 @@ def is_made(name: str) -> bool:
 
 
 def find_data(name: str, data: Path | None, progress: Progress) -> Manifest:
-    """The manifest called `name`: made data is made on the spot if it is not there yet, others must exist.
-
-    Args:
-        name: The name of a made data set, of a manifest that ships with ctseg, or a file.
-        data: The folder of the images, see `find_manifest`; a made set lies in a folder of its name below it.
-        progress: Told of cases being made.
+    """As `locate_data`, once every file it names is known to exist.
 
     Raises:
         ManifestError: if the manifest or a file it names is missing or wrong.
     """
+    return check_files(locate_data(name, data, progress))
+
+
+def locate_data(name: str, data: Path | None, progress: Progress) -> Manifest:
+    """The manifest called `name`: made data is made on the spot if it is not there yet.
+
+    Args:
+        name: The name of a made data set, of a manifest that ships with ctseg, a file or a folder.
+        data: The folder of the images, see `locate_manifest`; a made set lies in a folder of its name below it.
+        progress: Told of cases being made.
+
+    Raises:
+        ManifestError: if the manifest is missing or wrong.
+    """
     if not is_made(name):
-        return find_manifest(name, data)
+        return locate_manifest(name, data)
     folder = (data if data is not None else data_folder()) / name
     progress.start("making CT phantoms", sum(DEMO_COUNTS.values()))
     path = write_made(folder, MADE[name](), DEMO_COUNTS, MADE_SEED, progress.advance)
     progress.finish()
-    return check_files(read_manifest(path))
+    return read_manifest(path)
