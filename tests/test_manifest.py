@@ -187,7 +187,10 @@ def test_equal_file_names_take_their_folders(tmp_path: Path):
 
 def test_unreadable_lists(tmp_path: Path):
     assert "cannot be read: [Errno 2] No such file" in refusal(tmp_path / "none.json")
-    assert "cannot be read: [Errno 21] Is a directory" in refusal(tmp_path)
+    assert refusal(tmp_path) == (
+        f"folder '{tmp_path}': expected imagesTr and labelsTr or images and labels in it, or name a list (.json, .txt, "
+        f".csv)"
+    )
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9.nii")
     assert "cannot be read: 'utf-8' codec" in refusal(tmp_path / "latin.txt")
     with (tmp_path / "huge.json").open("wb") as file:
@@ -246,9 +249,9 @@ def test_shipped_manifest_without_its_images(tmp_path: Path):
     with pytest.raises(ManifestError) as caught:
         find_manifest("msd_spleen", tmp_path)
     assert str(caught.value) == (
-        f"data set 'msd_spleen': no image found below '{tmp_path / 'Task09_Spleen'}'; fetch it from "
-        "https://msd-for-monai.s3-us-west-2.amazonaws.com/Task09_Spleen.tar and unpack it there, or name its folder "
-        "with --data DIR, or your own list with --manifest FILE"
+        f"data set 'msd_spleen': no image found below '{tmp_path / 'Task09_Spleen'}'; fetch it with "
+        f"`ctseg download msd_spleen --data {tmp_path}`, or name its folder with --data DIR, or your own list with "
+        "--manifest FILE"
     )
     make_msd_spleen(tmp_path)
     (tmp_path / "labelsTr/spleen_9.nii.gz").unlink()
@@ -266,8 +269,8 @@ def test_a_file_of_the_users(tmp_path: Path):
 
 
 def test_unknown_name():
-    with pytest.raises(ManifestError, match=r"'msd_liver': not shipped with ctseg; known: .*msd_spleen.*, or name a"):
-        find_manifest("msd_liver", None)
+    with pytest.raises(ManifestError, match=r"'msd_nothing': not shipped with ctseg; known: .*msd_spleen.*, or name a"):
+        find_manifest("msd_nothing", None)
 
 
 @pytest.mark.parametrize(

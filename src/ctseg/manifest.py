@@ -2,14 +2,14 @@
 
 The grammar is the one of the Medical Segmentation Decathlon and MONAI: a JSON object whose `training`, `validation`
 and `testing` keys hold `{"image": ..., "label": ...}` entries and whose `test` key holds images without labels. An
-entry of `training` may have a `weight`, see `Case`. A bare
-JSON list of paths, or a text file with one path a line, is a manifest too: all its images are in split `test`.
+entry may have a `patient` and, in `training`, a `weight`, see `Case`. A bare JSON list of paths, or a text file with
+one path a line, is a manifest too: all its images are in split `test`. So are a CSV file and a folder of images and
+labels, see `datalists`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 from collections import Counter
@@ -18,12 +18,24 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ctseg.datalists import IMAGE_SUFFIXES, LIST_SUFFIXES, MAX_MANIFEST_BYTES, SPLITS, image_stem, read_data_list
 from ctseg.errors import ManifestError, list_problems
 
-SPLITS = ("training", "validation", "testing", "test")
-IMAGE_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".mha")
-MAX_MANIFEST_BYTES = 64 * 2**20
-"""A data list is text; anything larger is not one."""
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "MAX_MANIFEST_BYTES",
+    "SPLITS",
+    "Case",
+    "Manifest",
+    "check_files",
+    "data_folder",
+    "find_manifest",
+    "image_stem",
+    "locate_manifest",
+    "manifest_from_data",
+    "read_manifest",
+    "shipped_manifest",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +49,8 @@ class Case:
     label: Path | None
     weight: float = 1.0
     """How often training draws the case, in relation to the others."""
+    patient: str | None = None
+    """The user's own word for whom the CT shows; CTs of one patient belong in one split. Not for logs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,13 +96,23 @@ def shipped_manifest(name: str) -> Path:
     Raises:
         ManifestError: if there is none of that name.
     """
+    path = _shipped_path(name)
+    if path is None:
+        known = sorted({path.stem for folder in _shipped_folders() for path in folder.glob("*.json")})
+        raise ManifestError(
+            f"manifest '{name}': not shipped with ctseg; known: {', '.join(known)}, or name a file or folder"
+        )
+    return path
+
+
+def _shipped_path(name: str) -> Path | None:
+    paths = (folder / f"{name}.json" for folder in _shipped_folders())
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _shipped_folders() -> tuple[Path, Path]:
     package = Path(__file__).parent
-    folders = (package / "manifests", package.parents[1] / "data" / "manifests")
-    for folder in folders:
-        if (folder / f"{name}.json").is_file():
-            return folder / f"{name}.json"
-    known = sorted({path.stem for folder in folders for path in folder.glob("*.json")})
-    raise ManifestError(f"manifest '{name}': not shipped with ctseg; known: {', '.join(known)}, or name a file")
+    return package / "manifests", package.parents[1] / "data" / "manifests"
 
 
 def data_folder() -> Path:
@@ -97,12 +121,17 @@ def data_folder() -> Path:
 
 
 def read_manifest(path: Path, root: Path | None = None) -> Manifest:
-    """The manifest in a `.json` or `.txt` file; relative paths are taken from `root`, default the file's folder.
+    """The manifest in a `.json`, `.txt` or `.csv` file or a folder of images and labels.
+
+    Args:
+        path: The file or folder.
+        root: What relative paths are taken from, default the file's folder.
 
     Raises:
         ManifestError: naming every problem at once; a relative path may not leave `root`.
     """
-    return manifest_from_data(_read_data(path), path, path.parent if root is None else root)
+    folder = path if path.is_dir() else path.parent
+    return manifest_from_data(read_data_list(path), path, folder if root is None else root)
 
 
 def manifest_from_data(data: Any, path: Path, root: Path) -> Manifest:
@@ -121,7 +150,8 @@ def manifest_from_data(data: Any, path: Path, root: Path) -> Manifest:
     cases = _with_unique_names([case for case in found if case is not None], root)
     problems.extend(_repeated(cases) or _same_names(cases))
     if not entries and not problems:
-        problems.append(f"no cases; expected at least one of the keys {', '.join(SPLITS)}")
+        hint = "; name the folder of its images and labels instead" if "numTraining" in data else ""
+        problems.append(f"no cases; expected at least one of the keys {', '.join(SPLITS)}{hint}")
     if problems:
         raise ManifestError(list_problems(f"manifest '{path}'", problems))
     labels = data.get("labels", {})
@@ -135,18 +165,32 @@ def manifest_from_data(data: Any, path: Path, root: Path) -> Manifest:
 
 
 def find_manifest(name: str, data: Path | None) -> Manifest:
-    """The manifest called `name` (shipped name or path), its images below `data`.
-
-    A shipped manifest's images lie in the folder it names (`Task09_Spleen`) below `data`, or in `data` itself;
-    `data` defaults to `data_folder()`. A file's own relative paths start at `data`, default the file's folder.
+    """As `locate_manifest`, once every file it names is known to exist.
 
     Raises:
-        ManifestError: if the manifest is unknown or wrong, or its images are not there.
+        ManifestError: if the manifest is unknown or wrong, or an image or label is not there.
     """
-    if name.endswith((".json", ".txt")):
-        return check_files(read_manifest(Path(name), data))
+    return check_files(locate_manifest(name, data))
+
+
+def locate_manifest(name: str, data: Path | None) -> Manifest:
+    """The manifest called `name` (shipped name, file or folder), its images below `data`.
+
+    A shipped manifest's images lie in the folder it names (`Task09_Spleen`) below `data`, or in `data` itself;
+    `data` defaults to `data_folder()`. A file's own relative paths start at `data`, default the file's folder. A
+    folder that is called like a shipped manifest is named with a slash: `./msd_spleen`.
+
+    Raises:
+        ManifestError: if the manifest is unknown or wrong, or none of a shipped one's images is there.
+    """
+    if name.lower().endswith(LIST_SUFFIXES):
+        return read_manifest(Path(name), data)
+    if Path(name).is_dir() and ("/" in name or _shipped_path(name) is None):
+        if data is not None:
+            raise ManifestError(f"folder '{name}': its images lie in it, so --data cannot be given")
+        return read_manifest(Path(name))
     path = shipped_manifest(name)
-    content = _read_data(path)
+    content = read_data_list(path)
     if not any(split in content for split in SPLITS):  # a template: it says what the original data was
         raise ManifestError(
             f"data set '{name}': the original data is not public, so ctseg has no list of it; give your own list with "
@@ -158,10 +202,11 @@ def find_manifest(name: str, data: Path | None) -> Manifest:
     manifest = read_manifest(path, root)
     if not any(case.image.is_file() for case in manifest.cases):
         raise ManifestError(
-            f"data set '{name}': no image found below '{base / folder}'; fetch it from {manifest.source} and unpack it "
-            f"there, or name its folder with --data DIR, or your own list with --manifest FILE"
+            f"data set '{name}': no image found below '{base / folder}'; fetch it with `ctseg download {name}"
+            f"{'' if data is None else f' --data {data}'}`, or name its folder with --data DIR, or your own list with "
+            f"--manifest FILE"
         )
-    return check_files(manifest)
+    return manifest
 
 
 def check_files(manifest: Manifest) -> Manifest:
@@ -175,28 +220,6 @@ def check_files(manifest: Manifest) -> Manifest:
     if missing:
         raise ManifestError(list_problems(f"manifest '{manifest.name}'", missing))
     return manifest
-
-
-def image_stem(path: Path | PurePosixPath) -> str:
-    """A file's name without its image suffix: `a/ct.nii.gz` -> `ct`."""
-    lower = path.name.lower()
-    suffix = next((s for s in IMAGE_SUFFIXES if lower.endswith(s)), path.suffix)
-    return path.name[: len(path.name) - len(suffix)] if suffix else path.name
-
-
-def _read_data(path: Path) -> Any:
-    try:
-        if path.stat().st_size > MAX_MANIFEST_BYTES:
-            raise ManifestError(f"manifest '{path}': larger than {MAX_MANIFEST_BYTES >> 20} MiB, not a data list")
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ManifestError(f"manifest '{path}': cannot be read: {error}") from error
-    if path.suffix == ".txt":
-        return [line.strip() for line in text.splitlines() if line.strip()]
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ManifestError(f"manifest '{path}': not valid JSON: {error}") from error
 
 
 def _as_list(data: Mapping[str, Any], split: str, problems: list[str]) -> list[Any]:
@@ -233,7 +256,16 @@ def _read_entry(where: str, split: str, entry: Any, root: Path, problems: list[s
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
         problems.append(f"{where}.weight: expected a number above 0, got {weight!r:.80}")
         return None
-    return Case(name=name, split=split, image=image, label=label_path, weight=float(weight))
+    patient = entry.get("patient")
+    if patient is not None and not (isinstance(patient, str) and patient.strip()):
+        problems.append(f"{where}.patient: expected text, got {_kind(patient)}; put it in quotes or leave it out")
+        return None
+    patient = None if patient is None else patient.strip()
+    return Case(name=name, split=split, image=image, label=label_path, weight=float(weight), patient=patient)
+
+
+def _kind(value: Any) -> str:
+    return "an empty one" if isinstance(value, str) else type(value).__name__
 
 
 def _with_unique_names(cases: list[Case], root: Path) -> list[Case]:

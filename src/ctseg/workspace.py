@@ -1,4 +1,4 @@
-"""Where things lie in the current folder: `runs/` for trainings, `prepared/` for prepared cases, `data/` for data sets.
+"""Where things lie in the current folder: `runs/` trainings, `prepared/` cases, `data/` data sets, `models/` downloads.
 
 A run folder holds `recipe.json` (the resolved recipe), `data.json` (its cases, as a manifest), checkpoints and logs.
 """
@@ -17,6 +17,8 @@ from ctseg.manifest import SPLITS, Case, Manifest
 from ctseg.recipe import Recipe, load_recipe, recipe_from_dict, recipe_names
 
 RUNS = Path("runs")
+MODELS = Path("models")
+"""Downloaded models: folders like those of runs, with a recipe and a checkpoint."""
 PREPARED = Path("prepared")
 RECIPE_FILE, DATA_FILE = "recipe.json", "data.json"
 CHECKPOINTS = ("best.pt", "last.pt")
@@ -111,7 +113,8 @@ def manifest_to_dict(manifest: Manifest) -> dict[str, Any]:
     def entry(case: Case) -> dict[str, Any]:
         label = {} if case.label is None else {"label": str(case.label.absolute())}
         weight = {} if case.weight == 1 else {"weight": case.weight}
-        return {"image": str(case.image.absolute()), **label, **weight}
+        patient = {} if case.patient is None else {"patient": case.patient}
+        return {"image": str(case.image.absolute()), **label, **weight, **patient}
 
     splits = {s: [entry(c) for c in manifest.cases if c.split == s] for s in SPLITS}
     about = {"name": manifest.name, "licence": manifest.licence, "source": manifest.source, "labels": manifest.labels}
@@ -122,8 +125,8 @@ def resolve_model(name: str | None) -> Path:
     """The file of the model that `name` means.
 
     Args:
-        name: A checkpoint or exported file, a run folder (its path, or its name below `runs/`), or a recipe (its newest
-            run here); None for the newest run.
+        name: A checkpoint or exported file, a run folder (its path, or its name below `runs/`), a downloaded model, or
+            a recipe (its newest run here); None for the newest run.
 
     Raises:
         ModelError: saying what was looked for and where.
@@ -132,7 +135,8 @@ def resolve_model(name: str | None) -> Path:
         if not name.endswith(MODEL_SUFFIXES):
             raise ModelError(f"model '{name}': unknown kind of file; known: {', '.join(MODEL_SUFFIXES)}")
         return Path(name)
-    run = None if name is None else next((p for p in (Path(name), RUNS / name) if (p / RECIPE_FILE).is_file()), None)
+    places = () if name is None else (Path(name), RUNS / name, MODELS / name)
+    run = next((place for place in places if (place / RECIPE_FILE).is_file()), None)
     if run is None and name is not None and Path(name).is_dir() and name.partition(":")[0] not in recipe_names():
         raise ModelError(f"model '{name}': not a run folder, it has no {RECIPE_FILE}")
     if run is None and name is not None and not _may_be_recipe(name):

@@ -14,7 +14,7 @@ import torch
 from monai.transforms import CropForeground
 
 from ctseg.engine import bank
-from ctseg.engine.bank import bank_folder, case_folder, open_bank, prepare_bank, read_case
+from ctseg.engine.bank import bank_fingerprint, bank_folder, case_folder, open_bank, prepare_bank, read_case
 from ctseg.errors import CtsegError, ImageError, ManifestError, Stopped
 from ctseg.io.images import read_image, read_labels, write_labels
 from ctseg.manifest import Case, Manifest
@@ -333,3 +333,59 @@ def test_a_stop_between_two_cases_loses_nothing(tiny_manifest: Manifest, tiny_re
         prepare_bank(cases, tiny_recipe, tmp_path, Silent(), lambda: len(asked) == 1 or bool(asked.append(1)))
     report = prepare_bank(cases, tiny_recipe, tmp_path, Silent())
     assert (report.ready, report.made) == (("case_0",), ("case_1", "case_2"))
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_several_at_once_give_the_same_bits_as_one(tiny_manifest, tiny_recipe: Recipe, tmp_path: Path, workers: int):
+    cases = tiny_manifest.to_prepare
+    threads = torch.get_num_threads()
+    alone = prepare_bank(cases, tiny_recipe, tmp_path / "alone", Silent(), workers=1)
+    together = prepare_bank(cases, tiny_recipe, tmp_path / "together", Silent(), workers=workers)
+    assert together.made == alone.made == tuple(case.name for case in cases)
+    assert bank_fingerprint(cases, together.folder) == bank_fingerprint(cases, alone.folder)
+    for name in ("image", "label", "foreground"):
+        files = [case_folder(r.folder, case) / f"{name}.npy" for case in cases for r in (alone, together)]
+        assert all(a.read_bytes() == b.read_bytes() for a, b in zip(files[::2], files[1::2], strict=True))
+    assert torch.get_num_threads() == threads
+
+
+def test_each_case_has_one_thread(tiny_manifest, tiny_recipe: Recipe, tmp_path: Path, monkeypatch) -> None:
+    prepare_alone, seen = bank.prepare, []
+
+    def noted(*args):
+        seen.append(torch.get_num_threads())
+        return prepare_alone(*args)
+
+    monkeypatch.setattr(bank, "prepare", noted)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        prepare_bank(tiny_manifest.split("training"), tiny_recipe, tmp_path, Silent(), workers=3)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1, 1, 1]
+
+
+def test_a_bad_case_does_not_keep_others_that_run_beside_it_from_being_done(
+    own_case, tiny_recipe, tmp_path: Path
+) -> None:
+    others = []
+    for n in range(3):
+        image = tmp_path / f"other_{n}.nii.gz"
+        image.write_bytes(own_case.image.read_bytes())
+        others.append(dataclasses.replace(own_case, name=f"other_{n}", image=image))
+    bad = [dataclasses.replace(own_case, name=name, label=None) for name in ("z", "a")]
+    cases = (bad[0], *others, bad[1])
+    with pytest.raises(ManifestError) as caught:
+        prepare_bank(cases, tiny_recipe, tmp_path / "bank", Silent(), workers=4)
+    assert [line.strip().partition(":")[0] for line in str(caught.value).splitlines()[1:]] == ["z", "a"], "in order"
+    assert prepare_bank(tuple(others), tiny_recipe, tmp_path / "bank", Silent()).made == ()
+
+
+@pytest.mark.parametrize("letter", ["x", "ü", "骨"])
+def test_the_longest_names_of_files_can_be_prepared(own_case, tiny_recipe: Recipe, tmp_path: Path, letter: str) -> None:
+    name = letter * ((255 - len(".nii.gz")) // len(letter.encode()))
+    case = dataclasses.replace(own_case, name=name, image=own_case.image.rename(tmp_path / f"{name}.nii.gz"))
+    assert prepare_bank((case,), tiny_recipe, tmp_path / "bank", Silent()).made == (name,)
+    assert open_one(case, tiny_recipe, tmp_path / "bank").name == name

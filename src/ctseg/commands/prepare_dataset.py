@@ -1,23 +1,66 @@
-"""`ctseg prepare-dataset`: the deterministic part of a recipe, once for every case."""
+"""`ctseg prepare-dataset`: a data set checked, split and mended, then what a recipe does once for every case."""
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import shlex
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ctseg.commands.common import DataOption, JsonFlag, ManifestOption, Overrides, PreparedOption, QuietFlag, emit
-from ctseg.errors import CtsegError
+from ctseg.commands.common import (
+    DataOption,
+    JsonFlag,
+    ManifestOption,
+    Overrides,
+    PreparedOption,
+    QuietFlag,
+    emit,
+    pairs,
+)
+from ctseg.dataset.splits import parse_percentages, split_by_percentages, split_into_folds
+from ctseg.errors import CtsegError, ManifestError
 from ctseg.files import make_folder
-from ctseg.manifest import check_files, read_manifest
-from ctseg.progress import make_progress
+from ctseg.manifest import SPLITS, Manifest
+from ctseg.progress import make_progress, printable
 from ctseg.recipe import Recipe, load_recipe
-from ctseg.sources.catalogue import find_data
+from ctseg.sources.catalogue import locate_data
 from ctseg.workspace import DATA_FILE, PREPARED, newest_run, run_recipe
 
+if TYPE_CHECKING:
+    from ctseg.dataset.curate import Curated
+    from ctseg.engine.bank import BankReport
+
 DEMO_RECIPE = "spleen:small"
+
+SplitOption = Annotated[
+    str | None,
+    typer.Option(
+        "--split", metavar="80/10/10", help="Deal out the labelled cases, in percent: training/validation[/testing]."
+    ),
+]
+FoldsOption = Annotated[int | None, typer.Option("--folds", min=2, help="Cross-validation: number of parts.")]
+FoldOption = Annotated[int | None, typer.Option("--fold", min=1, help="Which of the --folds is validation, from 1.")]
+SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="Another seed gives another split. Default: 0.")]
+ResplitFlag = Annotated[bool, typer.Option("--resplit", help="Deal out anew what is split already.")]
+FixFlag = Annotated[
+    bool, typer.Option("--fix", help="Mend what is safe: labels slightly off their image's grid, repeated cases.")
+]
+CheckFlag = Annotated[bool, typer.Option("--check-only", help="Prepare nothing.")]
+ListOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--write-manifest", metavar="FILE", help="The resulting data list. Default: in the --prepared folder."
+    ),
+]
+WorkersOption = Annotated[
+    int | None, typer.Option("--workers", min=1, help="Cases at once. Default: as CPUs and memory allow.")
+]
 
 
 def prepare_dataset(
@@ -28,31 +71,131 @@ def prepare_dataset(
     data: DataOption = None,
     prepared: PreparedOption = PREPARED,
     overrides: Overrides = None,
+    split: SplitOption = None,
+    folds: FoldsOption = None,
+    fold: FoldOption = None,
+    seed: SeedOption = None,
+    resplit: ResplitFlag = False,
+    fix: FixFlag = False,
+    check_only: CheckFlag = False,
+    write_manifest: ListOption = None,
+    workers: WorkersOption = None,
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Prepare a data set for a recipe: read, resample, window, crop; ready to train from."""
+    """Check a data set and prepare it for a recipe: read, resample, window, crop; ready to train from."""
+    divide, division = _division(split, folds, fold, seed, resplit)
     chosen, why, run = _choose(recipe, overrides)
+    if run is not None and manifest is None and data is None:
+        manifest = str(run / DATA_FILE)
+    _check_list_file(write_manifest, manifest)
     if not quiet:
         typer.echo(f"ctseg: {why}", err=True)
     with make_progress(quiet) as progress:
-        if run is not None and manifest is None and data is None:
-            found = check_files(read_manifest(run / DATA_FILE))
-        else:
-            found = find_data(manifest or chosen.data.manifest, data, progress)
-        cases = found.to_prepare
+        found = locate_data(manifest or chosen.data.manifest, data, progress)
+        if not check_only:
+            found.split("training")
         make_folder(prepared)
-        from ctseg.engine.bank import prepare_bank
+        if write_manifest is None and (divide or fix):
+            write_manifest = prepared / _list_name(found, division)
+        from ctseg.dataset.curate import Wishes, curate
+        from ctseg.engine.runtime import stop_on_signal
 
-        report = prepare_bank(cases, chosen, prepared, progress)
-    given = shlex.join(_given(recipe or chosen.name, manifest, data, prepared, overrides))
-    text = (
-        f"data set {found.name}: {len(report.made)} cases prepared, {len(report.ready)} were ready, "
-        f"{report.num_bytes / 1e6:.0f} MB in {report.folder}\n"
-        f"train on it with: ctseg train {given}"
-    )
-    result = {"data": found.name, "recipe": chosen.name, "made": report.made, "ready": report.ready}
-    emit({**result, "folder": report.folder, "num_bytes": report.num_bytes}, text, as_json)
+        wishes = Wishes(divide=divide, division=division, fix=fix, list_file=write_manifest)
+        report = None
+        with stop_on_signal() as stop_requested:
+            curated = curate(found, chosen, prepared, wishes, progress, stop_requested, workers)
+            if not (curated.errors or check_only):
+                from ctseg.engine.bank import prepare_bank
+
+                report = prepare_bank(curated.manifest.to_prepare, chosen, prepared, progress, stop_requested, workers)
+    if curated.list_file is not None:
+        manifest, data = str(curated.list_file), None
+    train = shlex.join(["ctseg", "train", *_given(recipe or chosen.name, manifest, data, prepared, overrides)])
+    emit(_result(curated, chosen, report), _text(curated, report, train), as_json)
+    if curated.errors:
+        raise ManifestError(
+            f"data set '{found.name}': errors to put right: {len(curated.errors)}, listed above and in "
+            f"{curated.report}; nothing was prepared"
+        )
+
+
+def _division(
+    split: str | None, folds: int | None, fold: int | None, seed: int | None, again: bool
+) -> tuple[Callable[[Manifest], Manifest] | None, str]:
+    """What deals the cases out as the options say, and the same in words; None and nothing without."""
+    if split is not None and folds is not None:
+        raise CtsegError("--split and --folds: each deals out the cases, give one")
+    if (folds is None) != (fold is None):
+        raise CtsegError("--folds and --fold: belong together, as in --folds 5 --fold 1")
+    if folds is not None and fold is not None:
+        if fold > folds:
+            raise CtsegError(f"--fold {fold}: there are only {folds} folds, numbered from 1")
+        by_fold = partial(split_into_folds, folds=folds, fold=fold, seed=seed or 0, again=again)
+        return by_fold, f"fold {fold} of {folds}, seed {seed or 0}"
+    if split is None:
+        if seed is not None or again:
+            raise CtsegError(f"{'--resplit' if again else '--seed'}: only with --split or --folds")
+        return None, ""
+    by_percentages = partial(split_by_percentages, percentages=parse_percentages(split), seed=seed or 0, again=again)
+    return by_percentages, f"split {split}, seed {seed or 0}"
+
+
+def _check_list_file(path: Path | None, manifest: str | None) -> None:
+    if path is None:
+        return
+    if path.suffix != ".json":
+        raise CtsegError(f"--write-manifest {path}: a data list's name must end in .json")
+    if path.is_dir():
+        raise CtsegError(f"--write-manifest {path}: must be a file, got a folder")
+    if manifest is not None and path.exists() and Path(manifest).exists() and path.samefile(manifest):
+        raise CtsegError(f"--write-manifest {path}: is the list that is read; name another file")
+
+
+def _list_name(found: Manifest, division: str) -> str:
+    """E.g. `Task09_Spleen-split-80-10-10-seed-0.json`, `Task09_Spleen-fixed.json`."""
+    words = f"{found.name[:100]} {division or 'fixed'}"
+    return re.sub(r"[^\w.]+", "-", words, flags=re.ASCII).strip("-.") + ".json"
+
+
+def _result(curated: Curated, recipe: Recipe, report: BankReport | None) -> dict[str, Any]:
+    done = {} if report is None else dataclasses.asdict(report)
+    return {
+        "data": curated.manifest.name,
+        "recipe": recipe.name,
+        "splits": _counts(curated.manifest),
+        "manifest": curated.list_file,
+        "findings": [dataclasses.asdict(finding) for finding in curated.findings],
+        "report": curated.report,
+        **done,
+    }
+
+
+def _counts(manifest: Manifest) -> dict[str, int]:
+    """Split -> number of its cases, for splits that have any."""
+    counts = Counter(case.split for case in manifest.cases)
+    return {split: counts[split] for split in SPLITS if counts[split]}
+
+
+def _text(curated: Curated, report: BankReport | None, train: str) -> str:
+    name = curated.manifest.name
+    counts = ", ".join(f"{number} {split}" for split, number in _counts(curated.manifest).items())
+    parts = []
+    if curated.findings:
+        rows = [(printable(f"{f.severity}: {f.case or 'data set'}"), printable(f.text)) for f in curated.findings]
+        parts += [pairs(rows), ""]
+    if report is None or curated.findings:
+        by_severity = Counter(finding.severity for finding in curated.findings)
+        found = ", ".join(f"{severity} {number}" for severity, number in by_severity.items()) or "nothing wrong"
+        parts.append(f"data set {name} checked: {found} ({counts}); table in {curated.report}")
+    if curated.list_file is not None:
+        parts.append(f"data list of {counts} in {curated.list_file}")
+    if report is not None:
+        parts.append(
+            f"data set {name}: {len(report.made)} cases prepared, {len(report.ready)} were ready, "
+            f"{report.num_bytes / 1e6:.0f} MB in {report.folder}\ntrain on it with: {train}"
+        )
+    return "\n".join(parts)
 
 
 def _given(

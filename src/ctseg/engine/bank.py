@@ -2,8 +2,9 @@
 
 `prepare_bank` does the deterministic part of the recipe once per case: read, resample, window, crop to the body. A
 case is a folder of `.npy` files that can be memory-mapped; it is made again only when its image, its label or the
-recipe's preprocessing changes. Intensities are stored as float16: half the memory, and their rounding (2e-4 of the
-window) is below what mixed precision does to the network's input anyway.
+recipe's preprocessing changes. Several are prepared at once; the result does not depend on how many. Intensities are
+stored as float16: half the memory, and their rounding (2e-4 of the window) is below what mixed precision does to the
+network's input anyway.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ctseg.engine.estimate import check_space, estimate
 from ctseg.errors import CtsegError, ImageError, ManifestError, Stopped, list_problems
 from ctseg.files import make_folder, output_errors
 from ctseg.io.images import read_image, read_labels
@@ -31,6 +35,7 @@ from ctseg.recipe import Recipe
 from ctseg.sampling import CaseArrays
 from ctseg.specs import Preprocess
 from ctseg.volume import Volume
+from ctseg.workers import in_parallel, num_workers
 
 FORMAT = 2
 GPU_SHARE = 0.5
@@ -56,7 +61,7 @@ def bank_folder(root: Path, recipe: Recipe) -> Path:
 def case_folder(folder: Path, case: Case) -> Path:
     """Where a case lies in a bank's folder; cases of one name from different files do not meet."""
     files = [str(f.resolve()) for f in (case.image, case.label) if f is not None]
-    return folder / f"{case.name}-{hashlib.sha256(json.dumps(files).encode()).hexdigest()[:8]}"
+    return folder / f"{case.name[:50]}-{hashlib.sha256(json.dumps(files).encode()).hexdigest()[:8]}"
 
 
 def prepare_bank(
@@ -65,37 +70,70 @@ def prepare_bank(
     root: Path,
     progress: Progress,
     stop_requested: Callable[[], bool] = lambda: False,
+    workers: int | None = None,
 ) -> BankReport:
     """Prepares every labelled case that is not ready yet; a killed run goes on where it stopped.
 
+    Args:
+        cases: The cases.
+        recipe: How to prepare them.
+        root: The folder of prepared cases of all recipes.
+        progress: Told of every case.
+        stop_requested: Asked before each case.
+        workers: Cases at once; default as many as CPUs and memory allow.
+
     Raises:
         ManifestError: naming every case that cannot be prepared, after all others are done.
+        OutputError: before anything is prepared, if the disk has too little space.
         Stopped: after a stop request.
     """
     folder = make_folder(bank_folder(root, recipe))
-    made: list[str] = []
-    ready: list[str] = []
-    problems: list[str] = []
+    todo = [case for case in cases if not _is_ready(case_folder(folder, case), case)]
+    pending = set(todo)
+    ready = tuple(case.name for case in cases if case not in pending)
+    estimates = [estimate(case, recipe.preprocess) for case in todo]
+    check_space(folder, estimates, progress)
+    at_once = num_workers([e.memory_bytes for e in estimates], workers)
+    problems: dict[Case, str | None] = {}
     progress.start(f"preparing {recipe.name}", len(cases))
-    for case in cases:
-        if _is_ready(case_folder(folder, case), case):
-            ready.append(case.name)
-        else:
-            if stop_requested():
-                raise Stopped(
-                    f"stopped by a signal while preparing, {len(made + ready)} cases are ready; go on with --resume"
-                )
-            try:
-                _prepare_case(case_folder(folder, case), case, recipe.preprocess, len(recipe.labels))
-                made.append(case.name)
-            except ImageError as error:
-                problems.append(f"{case.name}: {error}")
-        progress.advance(case.name)
+    for name in ready:
+        progress.advance(name)
+    with _one_thread_each():
+        for case, problem in in_parallel(partial(_try_case, folder, recipe), todo, at_once, stop_requested):
+            problems[case] = problem
+            progress.advance(case.name)
+    if len(problems) < len(todo):
+        number = len(ready) + sum(problem is None for problem in problems.values())
+        raise Stopped(
+            f"stopped by a signal while preparing, {number} cases are ready; the same command goes on, a training with "
+            f"--resume"
+        )
     progress.finish()
-    if problems:
-        raise ManifestError(list_problems("data set", problems))
+    told = [f"{case.name}: {problems[case]}" for case in todo if problems[case] is not None]
+    if told:
+        raise ManifestError(list_problems("data set", told))
     num_bytes = sum(f.stat().st_size for case in cases for f in case_folder(folder, case).iterdir())
-    return BankReport(tuple(made), tuple(ready), folder, num_bytes)
+    return BankReport(tuple(case.name for case in todo), ready, folder, num_bytes)
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """PyTorch with one thread for each case: slabs are so small that more of them cost more than they give."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _try_case(folder: Path, recipe: Recipe, case: Case) -> str | None:
+    """Prepares a case; why it cannot be, or None."""
+    try:
+        _prepare_case(case_folder(folder, case), case, recipe.preprocess, len(recipe.labels))
+    except ImageError as error:
+        return str(error)
+    return None
 
 
 def open_bank(cases: tuple[Case, ...], folder: Path, device: torch.device) -> list[CaseArrays]:

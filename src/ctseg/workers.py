@@ -1,0 +1,71 @@
+"""Work on many cases at once. Threads, as unpacking, resampling, hashing and writing run outside Python's lock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import TypeVar
+
+from ctseg.limits import available_cpus, memory_limit
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+MEMORY_SHARE = 0.5
+"""Cases that are worked on at once take at most this share of the free memory, by their headers."""
+MEMORY = Path("/proc/meminfo")
+
+
+def in_parallel(
+    work: Callable[[Item], Result],
+    items: Sequence[Item],
+    workers: int,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> Iterator[tuple[Item, Result]]:
+    """Each item with `work` of it, as they are done; after a stop request no more begin and those begun are finished.
+
+    What `work` raises is raised here, once the others that run are finished.
+    """
+    waiting = iter(items)
+    running: dict[Future[Result], Item] = {}
+    with ThreadPoolExecutor(workers) as pool:
+        while True:
+            while len(running) < workers and not stop_requested():
+                try:
+                    item = next(waiting)
+                except StopIteration:
+                    break
+                running[pool.submit(work, item)] = item
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(future), future.result()
+
+
+def num_workers(memory_bytes: Sequence[int], wanted: int | None = None) -> int:
+    """How many cases to work on at once: one for each CPU or `wanted`, as far as the largest of them fit into memory.
+
+    Args:
+        memory_bytes: What each case takes.
+        wanted: At most so many.
+    """
+    allowed = _free_memory() * MEMORY_SHARE
+    together, fitting = 0, 0
+    for size in sorted(memory_bytes, reverse=True):
+        together += size
+        if together > allowed:
+            break
+        fitting += 1
+    return max(1, min(wanted or available_cpus(), fitting))
+
+
+def _free_memory() -> float:
+    """Bytes: what the machine has free, or the limit of this process where that is less; endless if unknown."""
+    limit, _ = memory_limit() or (float("inf"), "")
+    try:
+        lines = MEMORY.read_text(encoding="ascii").splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, ValueError, StopIteration):
+        return limit
+    return min(limit, free)
