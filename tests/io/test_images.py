@@ -14,7 +14,7 @@ import SimpleITK
 from numpy.typing import NDArray
 
 from ctseg.errors import ImageError, OutputError
-from ctseg.io.images import check_ct, grid_problems, read_geometry, read_image, read_labels, write_labels
+from ctseg.io.images import check_ct, grid_problems, read_geometry, read_image, read_labels, write_image, write_labels
 from ctseg.volume import Geometry, Volume, to_ras
 
 Maker = Callable[..., bytes]
@@ -55,7 +55,7 @@ def refusal(path: Path) -> str:
         ("ct.img.gz", b"x", "'.img.gz' is a .hdr/.img pair"),
         ("ct.nhdr", b"x", f"'.nhdr' is a header without its voxels; convert it to .nrrd {KNOWN}"),
         ("ct.mhd", b"x", "'.mhd' is a header without its voxels; convert it to .mha"),
-        ("ct.dcm", b"x", "'.dcm' is one DICOM slice; give the folder of its series"),
+        ("ct.dcm", b"x", "'.dcm' is one DICOM slice; `ctseg convert` reads the folder of its series"),
         ("ct.png", b"x", f"its suffix is unknown; convert it {KNOWN}"),
         ("ct", b"x", "its suffix is unknown"),
     ],
@@ -199,6 +199,34 @@ def test_written_labels_are_read_alike_by_all(
         np.testing.assert_allclose(peer.affine, oblique.affine_ras, atol=tolerance)
         np.testing.assert_allclose(peer.get_qform(), oblique.affine_ras, atol=tolerance)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("dtype", ["u1", "<i2", ">i2", "u2", "i4", "f4", "f8"])
+def test_images_of_every_type_are_what_simpleitk_reads(
+    tmp_path: Path, ct: NDArray[np.int16], oblique: Geometry, suffix: str, dtype: str
+) -> None:
+    path = tmp_path / f"ct{suffix}"
+    array = (ct + (200 if "u" in dtype else 0)).clip(0 if "u" in dtype else None, 255 if dtype == "u1" else None)
+    array = array.astype(dtype) + (np.array(0.25, dtype) if dtype[0] == "f" else np.array(0, dtype))
+    write_image(path, Volume(array, oblique))
+    ours, image = read_image(path), SimpleITK.ReadImage(str(path))
+    assert ours.array.dtype == array.dtype.newbyteorder("=")
+    np.testing.assert_array_equal(ours.array, array)
+    np.testing.assert_array_equal(SimpleITK.GetArrayFromImage(image).T, array)
+    assert SimpleITK.GetArrayFromImage(image).dtype == ours.array.dtype
+    np.testing.assert_allclose(image.GetOrigin(), oblique.origin_mm, atol=1e-4)
+    np.testing.assert_allclose(np.reshape(image.GetDirection(), (3, 3)), oblique.direction, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["bool", "f2", "complex64"])
+def test_images_of_other_types_are_refused(
+    tmp_path: Path, ct: NDArray[np.int16], oblique: Geometry, dtype: str
+) -> None:
+    with pytest.raises(ValueError, match="voxels must be integers or floats of 1 to 8 bytes"):
+        write_image(tmp_path / "ct.nii", Volume(ct.astype(dtype), oblique))
+    with pytest.raises(ValueError, match="does not fit its grid"):
+        write_image(tmp_path / "ct.nii", Volume(ct[1:], oblique))
 
 
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])

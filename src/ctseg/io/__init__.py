@@ -115,10 +115,11 @@ def gzip_writer(file: IO[bytes]) -> IO[bytes]:
     return stream
 
 
-def in_file_order(labels: NDArray[np.uint8]) -> Iterator[memoryview]:
-    """The bytes of an `[x, y, z]` array with x fastest, one slice at a time; a Fortran-ordered array is not copied."""
-    for z in range(labels.shape[2]):
-        yield np.ascontiguousarray(labels[:, :, z].T).data
+def in_file_order(array: NDArray[Any]) -> Iterator[memoryview]:
+    """The little-endian bytes of an `[x, y, z]` array with x fastest, slice by slice; Fortran order is not copied."""
+    little = array.dtype.newbyteorder("<")
+    for z in range(array.shape[2]):
+        yield np.ascontiguousarray(array[:, :, z].T, dtype=little).reshape(-1).view(np.uint8).data
 
 
 def _chunks(file: IO[bytes], header: Header) -> Iterator[bytes]:

@@ -1,4 +1,4 @@
-"""Reading CT and labels, writing labels: what every format has in common.
+"""Reading and writing CT and labels: what every format has in common.
 
 A file is trusted only when its header obeys every rule, its voxels are whole and its checksum is right. Nothing is
 allocated before the header has passed.
@@ -30,7 +30,7 @@ _READERS: dict[str, Callable[[Path], Header]] = {
     ".nrrd": itk.read_nrrd_header,
     ".mha": itk.read_mha_header,
 }
-_WRITERS: dict[str, Callable[[Path, NDArray[np.uint8], Geometry], None]] = {
+_WRITERS: dict[str, Callable[[Path, Volume], None]] = {
     ".nii.gz": partial(nifti.write, compressed=True),
     ".nii": partial(nifti.write, compressed=False),
     ".nrrd": itk.write_nrrd,
@@ -40,7 +40,7 @@ _OTHER_SUFFIXES = {
     **dict.fromkeys((".hdr", ".img", ".hdr.gz", ".img.gz"), "a .hdr/.img pair; convert it to .nii.gz"),
     ".nhdr": "a header without its voxels; convert it to .nrrd",
     ".mhd": "a header without its voxels; convert it to .mha",
-    ".dcm": "one DICOM slice; give the folder of its series",
+    ".dcm": "one DICOM slice; `ctseg convert` reads the folder of its series",
 }
 
 
@@ -87,9 +87,7 @@ def read_geometry(path: Path) -> Geometry:
 
 
 def write_labels(path: Path, labels: NDArray[np.uint8], geometry: Geometry) -> None:
-    """Writes a label map on the grid `geometry`, in the format of the suffix of `path`; whole or not at all.
-
-    Nothing but the grid and the voxels is written: no names, dates or descriptions.
+    """Writes a label map on the grid `geometry`, as `write_image` does.
 
     Raises:
         OutputError: if the suffix is unknown or the file cannot be written.
@@ -97,11 +95,28 @@ def write_labels(path: Path, labels: NDArray[np.uint8], geometry: Geometry) -> N
     """
     if labels.dtype != np.uint8 or labels.shape != geometry.size:
         raise ValueError(f"labels must be uint8 of size {geometry.size}, got {labels.dtype} of {labels.shape}")
+    write_image(path, Volume(labels, geometry))
+
+
+def write_image(path: Path, volume: Volume) -> None:
+    """Writes a volume in the format of the suffix of `path`, its voxels in their own type; whole or not at all.
+
+    Nothing but the grid and the voxels is written: no names, dates or descriptions.
+
+    Raises:
+        OutputError: if the suffix is unknown or the file cannot be written.
+        ValueError: if the array is not of integers or floats of 1 to 8 bytes, or not of the size of its grid.
+    """
+    array = volume.array
+    if array.dtype.kind not in "iuf" or array.dtype == np.float16 or array.dtype.itemsize > 8:
+        raise ValueError(f"voxels must be integers or floats of 1 to 8 bytes, got {array.dtype}")
+    if array.shape != volume.geometry.size:
+        raise ValueError(f"an array of size {array.shape} does not fit its grid of {volume.geometry.size}")
     suffix = _suffix(path)
     if suffix not in _WRITERS:
         raise OutputError(f"cannot write '{path}': its suffix must be one of {', '.join(IMAGE_SUFFIXES)}; rename it")
     with atomic_path(path) as temporary:
-        _WRITERS[suffix](temporary, labels, geometry)
+        _WRITERS[suffix](temporary, volume)
 
 
 def check_ct(volume: Volume, path: Path) -> None:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ctseg.errors import ImageError
 from ctseg.io import MAX_VOXELS, Header, data_problems, gzip_writer, in_file_order
-from ctseg.volume import Geometry
+from ctseg.volume import Geometry, Volume
 
 MAX_TEXT_HEADER_BYTES = 2**20
 """A text header is a few hundred bytes; one that does not end within this many is not one."""
@@ -167,12 +167,13 @@ def read_mha_header(path: Path) -> Header:
     return _header(path, fields.problems, sizes, affine, dtype, "zlib" if packed else "raw", end.end())
 
 
-def write_nrrd(path: Path, labels: NDArray[np.uint8], geometry: Geometry) -> None:
-    """Writes a label map as NRRD with nothing but its grid in the header; `path` may have any suffix."""
+def write_nrrd(path: Path, volume: Volume) -> None:
+    """Writes voxels as NRRD with nothing but their grid in the header; `path` may have any suffix."""
+    geometry = volume.geometry
     columns = [_vector(column) for column in geometry.affine[:3].T]
     lines = [
         "NRRD0004",
-        "type: unsigned char",
+        f"type: {_NRRD_TYPES[_code(volume)].split(', ')[0]}",
         "dimension: 3",
         "space: left-posterior-superior",
         f"sizes: {_numbers(geometry.size)}",
@@ -185,26 +186,33 @@ def write_nrrd(path: Path, labels: NDArray[np.uint8], geometry: Geometry) -> Non
     with path.open("wb") as file:
         file.write("\n".join([*lines, "", ""]).encode())
         with gzip_writer(file) as stream:
-            for part in in_file_order(labels):
+            for part in in_file_order(volume.array):
                 stream.write(part)
 
 
-def write_mha(path: Path, labels: NDArray[np.uint8], geometry: Geometry) -> None:
-    """Writes a label map as MetaImage with nothing but its grid in the header; `path` may have any suffix."""
+def write_mha(path: Path, volume: Volume) -> None:
+    """Writes voxels as MetaImage with nothing but their grid in the header; `path` may have any suffix."""
     with path.open("wb") as file:
-        file.write(_mha_text(geometry, compressed_bytes=0))
+        file.write(_mha_text(volume, compressed_bytes=0))
         begin = file.tell()
         stream = isal_zlib.compressobj(1)
-        for part in in_file_order(labels):
+        for part in in_file_order(volume.array):
             file.write(stream.compress(part))
         file.write(stream.flush())
-        text = _mha_text(geometry, compressed_bytes=file.tell() - begin)
+        text = _mha_text(volume, compressed_bytes=file.tell() - begin)
         file.seek(0)
         file.write(text)
 
 
-def _mha_text(geometry: Geometry, compressed_bytes: int) -> bytes:
+def _code(volume: Volume) -> str:
+    """The type of the voxels without its byte order, such as "i2"."""
+    return str(volume.array.dtype.str[1:])
+
+
+def _mha_text(volume: Volume, compressed_bytes: int) -> bytes:
     """The header; its length does not depend on `compressed_bytes`, which is known only when the voxels are written."""
+    geometry = volume.geometry
+    element_type = next(name for name, dtype in _MHA_DTYPES.items() if dtype == _code(volume))
     lines = [
         "ObjectType = Image",
         "NDims = 3",
@@ -216,7 +224,7 @@ def _mha_text(geometry: Geometry, compressed_bytes: int) -> bytes:
         f"Offset = {_numbers(geometry.origin_mm)}",
         f"ElementSpacing = {_numbers(geometry.spacing_mm)}",
         f"DimSize = {_numbers(geometry.size)}",
-        "ElementType = MET_UCHAR",
+        f"ElementType = {element_type}",
         "ElementDataFile = LOCAL",
     ]
     return "\n".join([*lines, ""]).encode()

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ctseg.errors import ImageError
 from ctseg.io import Header, data_problems, gzip_writer, in_file_order, stream_errors
-from ctseg.volume import Geometry
+from ctseg.volume import Geometry, Volume
 
 MAX_FORM_CONFLICT_VOXELS = 0.5
 """A file whose sform and qform place a corner further apart than this says two things about where the patient is."""
@@ -57,17 +57,17 @@ def read_header(path: Path) -> Header:
     )
 
 
-def write(path: Path, labels: NDArray[np.uint8], geometry: Geometry, *, compressed: bool) -> None:
-    """Writes a label map with nothing but its grid in the header; `path` may have any suffix."""
+def write(path: Path, volume: Volume, *, compressed: bool) -> None:
+    """Writes voxels with nothing but their grid in the header; `path` may have any suffix."""
     with path.open("wb") as file:
-        header = _new_header(geometry)
+        header = _new_header(volume.geometry, volume.array.dtype)
         if not compressed:
             file.write(header)
-            file.writelines(in_file_order(labels))
+            file.writelines(in_file_order(volume.array))
             return
         with gzip_writer(file) as stream:
             stream.write(header)
-            for part in in_file_order(labels):
+            for part in in_file_order(volume.array):
                 stream.write(part)
 
 
@@ -201,8 +201,8 @@ def _scaling(slope: float, intercept: float, problems: list[str]) -> tuple[float
     return slope, intercept
 
 
-def _new_header(geometry: Geometry) -> bytes:
-    """The bytes before the voxels of a uint8 file: NIfTI-1, or NIfTI-2 where an axis is too long for it.
+def _new_header(geometry: Geometry, dtype: np.dtype[Any]) -> bytes:
+    """The bytes before the voxels of a little-endian file: NIfTI-1, or NIfTI-2 where an axis is too long for it.
 
     Readers differ in which of sform and qform they use, so both are set. A qform cannot hold shear: it is left out
     where it would say something else.
@@ -210,8 +210,8 @@ def _new_header(geometry: Geometry) -> bytes:
     from nibabel.nifti1 import Nifti1Header
     from nibabel.nifti2 import Nifti2Header
 
-    header = Nifti1Header() if max(geometry.size) < 2**15 else Nifti2Header()
-    header.set_data_dtype(np.uint8)
+    header = (Nifti1Header if max(geometry.size) < 2**15 else Nifti2Header)(endianness="<")
+    header.set_data_dtype(dtype)
     header.set_data_shape(geometry.size)
     header.set_xyzt_units("mm")
     header["scl_slope"], header["scl_inter"] = 1, 0

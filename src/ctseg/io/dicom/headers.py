@@ -1,0 +1,314 @@
+"""Headers of DICOM files: read within bounds, whatever the file says.
+
+The header of a file is read from its first bytes, which are doubled in number until the pixel data or the end come.
+What pydicom makes of hostile bytes can be any exception; it becomes an ImageError with the reason.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+from zipfile import BadZipFile
+
+import pydicom
+from pydicom.datadict import tag_for_keyword
+from pydicom.filereader import read_partial
+from pydicom.tag import BaseTag
+
+from ctseg.errors import ImageError
+from ctseg.io.dicom.files import Source
+from ctseg.privacy import without_uids
+from ctseg.progress import printable
+
+FIRST_BYTES = 2**15
+"""What is read of every file; most headers of CT are shorter."""
+MAX_HEADER_BYTES = 2**28
+"""A longer header is refused; the contours of the largest RTSTRUCT are some 100 MB."""
+MAX_FILE_BYTES = 2**32
+"""A larger file is not read whole, nor is more inflated."""
+
+FUNCTIONAL_GROUPS = {
+    "ImagePositionPatient": "PlanePositionSequence",
+    "ImageOrientationPatient": "PlaneOrientationSequence",
+    "PixelSpacing": "PixelMeasuresSequence",
+    "SliceThickness": "PixelMeasuresSequence",
+    "SpacingBetweenSlices": "PixelMeasuresSequence",
+    "RescaleSlope": "PixelValueTransformationSequence",
+    "RescaleIntercept": "PixelValueTransformationSequence",
+    "RescaleType": "PixelValueTransformationSequence",
+    "FrameType": "CTImageFrameTypeSequence",
+    "FrameAcquisitionNumber": "FrameContentSequence",
+    "TemporalPositionIndex": "FrameContentSequence",
+    "StackID": "FrameContentSequence",
+    "KVP": "CTXRayDetailsSequence",
+    "ConvolutionKernel": "CTReconstructionSequence",
+    "GantryDetectorTilt": "CTAcquisitionDetailsSequence",
+}
+"""Where multi-frame files keep, per frame or for all frames, what other files have at the top."""
+
+SCANNED = frozenset(
+    (
+        *FUNCTIONAL_GROUPS,
+        "SOPClassUID",
+        "SOPInstanceUID",
+        "SeriesInstanceUID",
+        "SeriesNumber",
+        "FrameOfReferenceUID",
+        "Modality",
+        "ImageType",
+        "AcquisitionNumber",
+        "AcquisitionTime",
+        "ContentTime",
+        "TemporalPositionIdentifier",
+        "LossyImageCompression",
+        "NumberOfFrames",
+        "Rows",
+        "Columns",
+        "SamplesPerPixel",
+        "PhotometricInterpretation",
+        "BitsAllocated",
+        "BitsStored",
+        "HighBit",
+        "PixelRepresentation",
+        "PixelPaddingValue",
+        "PixelPaddingRangeLimit",
+        "SharedFunctionalGroupsSequence",
+        "PerFrameFunctionalGroupsSequence",
+    )
+)
+"""The tags that say what an image is and where it lies."""
+BROKEN_FILE = (ImageError, OSError, EOFError, ValueError, zlib.error, BadZipFile)
+"""What opening, unpacking and parsing a broken file raises."""
+
+_SCANNED_TAGS: list[BaseTag | int] = [tag for keyword in SCANNED if (tag := tag_for_keyword(keyword)) is not None]
+_DEFLATED = b"1.2.840.10008.1.2.1.99"
+_EXPLICIT = b"1.2.840.10008.1.2.1\0\0\0"
+_DIRECTORY = "1.2.840.10008.1.3.10"
+_PIXEL_TAGS = frozenset((0x7FE00008, 0x7FE00009, 0x7FE00010))  # pydicom's tags are slow to compare, not to hash
+_LONG_VRS = ("OB", "OD", "OF", "OL", "OV", "OW", "UN")
+
+
+@dataclass(frozen=True)
+class PixelPlace:
+    """Where the pixel data are in a file.
+
+    Attributes:
+        offset: Of their first byte; in a deflated file, once inflated.
+        length: In bytes, None where they are encapsulated (compressed).
+        deflated: Whether the whole file is deflated.
+    """
+
+    offset: int
+    length: int | None
+    deflated: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Header:
+    """What a file says besides its pixels; the images of one file share it.
+
+    Attributes:
+        source: The file.
+        scanned: The tags of SCANNED only, which are all that is read of thousands of files.
+        pixels: Where the pixels are; None where it has none.
+    """
+
+    source: Source
+    scanned: pydicom.Dataset
+    pixels: PixelPlace | None
+
+    @cached_property
+    def dataset(self) -> pydicom.Dataset:
+        """Every tag, read when first asked for.
+
+        Raises:
+            ImageError: if the file can no longer be read.
+        """
+        try:
+            found = _read(self.source, None)
+        except BROKEN_FILE as error:
+            raise ImageError(f"cannot read '{self.source.shown}': {reason(error)}") from error
+        if found is None:
+            raise ImageError(f"cannot read '{self.source.shown}': it has changed since it was listed; start again")
+        return found.scanned
+
+    def value(self, keyword: str, frame: int | None = None) -> Any:
+        """The value of a tag: of `frame`, else shared by all frames, else of the file; None if it is not readable."""
+        try:
+            return tag_value(self.scanned if keyword in SCANNED else self.dataset, keyword, frame)
+        except ImageError:
+            return None
+
+
+@contextmanager
+def pydicom_silent() -> Iterator[None]:
+    """No warnings of pydicom inside: what a header says is judged by ctseg's own rules. For the main thread."""
+    mode = pydicom.config.settings.reading_validation_mode
+    pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        pydicom.config.settings.reading_validation_mode = mode
+
+
+def read_header(source: Source) -> Header | None:
+    """The header of a file; None if it is not DICOM or a DICOMDIR.
+
+    Raises:
+        ImageError: if it is DICOM and broken.
+    """
+    return _read(source, _SCANNED_TAGS)
+
+
+def _read(source: Source, tags: list[BaseTag | int] | None) -> Header | None:
+    """The header of a file, of `tags` only if they are given."""
+    num_bytes = source.num_bytes
+    with source.open() as file:
+        start = file.read(FIRST_BYTES)
+        if not _looks_like_dicom(start):
+            return None
+        while True:
+            header = _parse(source, start, tags)
+            if header is not None and header.pixels is not None:
+                break
+            if len(start) >= num_bytes:
+                break
+            if len(start) >= MAX_HEADER_BYTES:
+                raise ImageError(f"its header is longer than {MAX_HEADER_BYTES} bytes; it is damaged")
+            more = file.read(min(len(start) * 7, MAX_HEADER_BYTES))
+            if not more:
+                break
+            start += more
+    if header is None:
+        raise ImageError("its header cannot be parsed; copy it again from its source")
+    return header if _is_object(header, start) else None
+
+
+def read_dataset(source: Source) -> pydicom.Dataset:
+    """The whole data set of a file, pixels included, e.g. of a SEG or RTSTRUCT object.
+
+    Raises:
+        ImageError: if it is too large or broken.
+    """
+    data = read_bytes(source, MAX_FILE_BYTES)
+    try:
+        return pydicom.dcmread(io.BytesIO(data), force=True)
+    except Exception as error:
+        raise ImageError(f"cannot read '{source.shown}': {reason(error)}; copy it again from its source") from error
+
+
+def read_bytes(source: Source, limit: int) -> bytes:
+    """The bytes of a file, inflated if it is deflated as a whole.
+
+    Raises:
+        ImageError: if they are more than `limit`, or damaged.
+    """
+    try:
+        with source.open() as file:
+            data = file.read(limit + 1)
+    except BROKEN_FILE as error:
+        raise ImageError(f"cannot read '{source.shown}': {reason(error)}; copy it again from its source") from error
+    data = _inflated(data, limit + 1)
+    if len(data) > limit:
+        raise ImageError(f"cannot read '{source.shown}': more than {limit} bytes, more than its header promises")
+    return data
+
+
+def tag_value(header: pydicom.Dataset, keyword: str, frame: int | None = None) -> Any:
+    """The value of a tag: of `frame`, else shared by all frames, else of the file; None if it is not readable."""
+    group = FUNCTIONAL_GROUPS.get(keyword)
+    if frame is not None and group is not None:
+        for groups, index in (("PerFrameFunctionalGroupsSequence", frame), ("SharedFunctionalGroupsSequence", 0)):
+            item = _item(_item(header, groups, index), group, 0)
+            if item is not None and keyword in item:
+                return _get(item, keyword)
+    return _get(header, keyword)
+
+
+def reason(error: BaseException) -> str:
+    """What an exception says, in one line, bounded and without UIDs."""
+    text = " ".join(str(error).split())
+    return printable(without_uids(text[:300])).rstrip(".") or type(error).__name__
+
+
+def _item(dataset: pydicom.Dataset | None, keyword: str, index: int) -> pydicom.Dataset | None:
+    items = None if dataset is None else _get(dataset, keyword)
+    try:
+        return None if items is None else items[index]
+    except (IndexError, TypeError):
+        return None
+
+
+def _get(dataset: pydicom.Dataset, keyword: str) -> Any:
+    tag = tag_for_keyword(keyword)
+    if tag is None or tag not in dataset:
+        return None
+    try:
+        value = dataset[tag].value
+    except Exception:  # the conversion of a hostile value raises anything
+        return None
+    return None if value is None or value == "" else value
+
+
+def _looks_like_dicom(start: bytes) -> bool:
+    """True for a preamble with DICM, or none and a first element of group 0002 or 0008, in either byte order."""
+    if start[128:132] == b"DICM":
+        return True
+    little = start[:2] in (b"\x02\0", b"\x08\0") and start[3:4] == b"\0"
+    big = start[:2] in (b"\0\x02", b"\0\x08") and start[2:3] == b"\0"
+    return len(start) > 16 and (little or big)
+
+
+def _parse(source: Source, start: bytes, tags: list[BaseTag | int] | None) -> Header | None:
+    """The header in the first bytes of a file; without pixels if they end before; None if it makes no sense."""
+    data = _inflated(start, MAX_HEADER_BYTES)
+    stopped: list[tuple[str | None, int]] = []
+
+    def at_pixels(tag: int, vr: str | None, length: int) -> bool:
+        if tag not in _PIXEL_TAGS:
+            return False
+        stopped.append((vr, length))
+        return True
+
+    buffer = io.BytesIO(data)
+    try:
+        dataset = read_partial(buffer, at_pixels, force=True, specific_tags=tags)
+    except Exception:  # also a header that goes on after these bytes
+        return None
+    if not stopped:
+        return Header(source, dataset, None)
+    vr, length = stopped[-1]
+    offset = buffer.tell() + (12 if vr in _LONG_VRS else 8)
+    place = PixelPlace(offset, None if length == 0xFFFFFFFF else length, data is not start)
+    return Header(source, dataset, place)
+
+
+def _inflated(data: bytes, limit: int) -> bytes:
+    """A deflated file as an explicit little endian one, at most `limit` bytes; any other as it is."""
+    end = 144 + int.from_bytes(data[140:144], "little")
+    if data[128:138] != b"DICM\x02\0\0\0UL" or _DEFLATED not in data[144 : min(end, 2**16)]:
+        return data
+    head = data[:end].replace(_DEFLATED, _EXPLICIT)
+    try:
+        return head + zlib.decompressobj(-zlib.MAX_WBITS).decompress(data[end:], limit)
+    except zlib.error as error:
+        raise ImageError(f"its deflated data are damaged ({error}); copy it again from its source") from error
+
+
+def _is_object(header: Header, start: bytes) -> bool:
+    """False for a directory of files, and for bytes without preamble that name no SOP class of the standard."""
+    meta = getattr(header.scanned, "file_meta", None)
+    if meta is not None and str(_get(meta, "MediaStorageSOPClassUID")) == _DIRECTORY:
+        return False
+    sop_class = str(_get(header.scanned, "SOPClassUID") or "")
+    if start[128:132] != b"DICM":
+        return sop_class.startswith("1.2.840.10008.5.1.4.")
+    return bool(sop_class) or header.pixels is not None

@@ -1,0 +1,256 @@
+"""From stored pixels to Hounsfield units, straight into one array.
+
+Uncompressed pixels are copied from the file; everything else is unpacked by pydicom's decoders.
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import IO, Any
+
+import numpy as np
+import pydicom
+from numpy.typing import NDArray
+from pydicom.uid import RLELossless
+
+from ctseg.errors import ImageError
+from ctseg.io.dicom import jpeg12
+from ctseg.io.dicom.codestream import check_codestream
+from ctseg.io.dicom.frames import integer
+from ctseg.io.dicom.headers import MAX_FILE_BYTES, PixelPlace, read_bytes, reason
+from ctseg.io.dicom.series import Slice
+from ctseg.limits import available_cpus
+
+MAX_THREADS = 8
+"""More do not make a local disk faster."""
+
+_PREFERRED = {
+    "1.2.840.10008.1.2.4.50": "pillow",
+    "1.2.840.10008.1.2.4.51": "pillow",
+    "1.2.840.10008.1.2.4.80": "pyjpegls",
+    "1.2.840.10008.1.2.4.81": "pyjpegls",
+    "1.2.840.10008.1.2.4.90": "pylibjpeg",
+    "1.2.840.10008.1.2.4.91": "pylibjpeg",
+}
+"""The decoder of each transfer syntax where several are there: the one that refuses damaged data most reliably."""
+
+
+class _TooWideError(Exception):
+    """A value does not fit the integers of the array."""
+
+
+@dataclass(frozen=True, eq=False)
+class Voxels:
+    """The voxels of a series.
+
+    Attributes:
+        array: Hounsfield units `[x, y, z]` in Fortran order; planes without a slice are unset.
+        low: The smallest value.
+        high: The largest value.
+        num_padding: How many voxels hold the padding value.
+    """
+
+    array: NDArray[Any]
+    low: float
+    high: float
+    num_padding: int
+
+
+def read_voxels(slices: Sequence[Slice], planes: Sequence[int], num_planes: int) -> Voxels:
+    """The voxels of slices, slice n at z = planes[n] of `num_planes`.
+
+    The type is int16 where every value is a whole number that fits, else int32, else float32.
+
+    Raises:
+        ImageError: naming the file whose pixels cannot be read.
+    """
+    size = (*slices[0].size, num_planes)
+    whole = all(value.is_integer() for one in slices for value in one.rescale)
+    for dtype in (np.int16, np.int32, np.float32) if whole else (np.float32,):
+        try:
+            array: NDArray[Any] = np.empty(size, dtype, order="F")
+            return _fill(array, slices, planes)
+        except _TooWideError:
+            continue
+        except MemoryError as error:
+            raise ImageError(f"not enough memory for {' x '.join(map(str, size))} voxels; free some") from error
+    raise AssertionError("float32 holds any value")
+
+
+def stored_pixels(slices: Sequence[Slice]) -> Iterator[tuple[Slice, NDArray[Any]]]:
+    """Each slice of one file with its stored pixels `[y, x]`, in the order of its frames.
+
+    Raises:
+        ImageError: naming the file.
+    """
+    source = slices[0].source
+    try:
+        yield from _encapsulated(slices) if _place(slices[0]).length is None else _native(slices)
+    except ImageError as error:
+        raise ImageError(f"cannot read '{source.shown}': {error}") from error
+    except Exception as error:  # decoders raise anything on hostile bytes
+        raise ImageError(
+            f"cannot read '{source.shown}': its pixels are damaged ({reason(error)}); copy it again"
+        ) from error
+
+
+def same_pixels(slices: Sequence[Slice]) -> bool:
+    """True if slices at one position hold equal pixels and scale them equally."""
+    first, *others = (next(iter(stored_pixels([one])))[1] for one in slices)
+    return all(np.array_equal(first, other) for other in others) and len({one.rescale for one in slices}) == 1
+
+
+def padding_range(one: Slice) -> tuple[int, int] | None:
+    """The stored values of padding, lowest and highest; None if there is none."""
+    ends = [_stored_integer(one, keyword) for keyword in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
+    known = [end for end in ends if end is not None]
+    return (min(known), max(known)) if ends[0] is not None else None
+
+
+def _fill(array: NDArray[Any], slices: Sequence[Slice], planes: Sequence[int]) -> Voxels:
+    """Decodes every slice into its plane, files in parallel."""
+    files: dict[tuple[str, str | None], list[Slice]] = defaultdict(list)
+    plane_of = dict(zip(map(id, slices), planes, strict=True))
+    for one in slices:
+        files[str(one.source.path), one.source.member].append(one)
+
+    def decode(of_file: list[Slice]) -> list[tuple[float, float, int]]:
+        return [
+            (*_to_hounsfield(stored, one.rescale, array.T[plane_of[id(one)]]), _count_padding(stored, one))
+            for one, stored in stored_pixels(sorted(of_file, key=lambda s: s.frame or 0))
+        ]
+
+    with ThreadPoolExecutor(min(available_cpus(), MAX_THREADS)) as pool:
+        try:
+            done = [facts for facts_of_file in pool.map(decode, files.values()) for facts in facts_of_file]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    lows, highs, padding = zip(*done, strict=True)
+    return Voxels(array, min(lows), max(highs), sum(padding))
+
+
+def _to_hounsfield(stored: NDArray[Any], rescale: tuple[float, float], out: NDArray[Any]) -> tuple[float, float]:
+    """Puts stored x slope + intercept into `out`, both `[y, x]`; the smallest and the largest of them.
+
+    Raises:
+        _TooWideError: if `out` is of integers that do not hold the result.
+    """
+    slope, intercept = rescale
+    if out.dtype.kind == "f":
+        out[...] = stored * slope + intercept
+        return float(out.min()), float(out.max())
+    low, high = sorted(int(end) * int(slope) + int(intercept) for end in (stored.min(), stored.max()))
+    limits = np.iinfo(out.dtype)
+    if low < limits.min or high > limits.max:
+        raise _TooWideError
+    if slope == 1 and stored.dtype.itemsize == out.dtype.itemsize and abs(intercept) <= limits.max:
+        np.add(stored.view(out.dtype), out.dtype.type(intercept), out=out)  # wrapping is exact if the sums fit
+    else:
+        out[...] = stored.astype(np.int64) * int(slope) + int(intercept)
+    return low, high
+
+
+def _count_padding(stored: NDArray[Any], one: Slice) -> int:
+    padding = padding_range(one)
+    if padding is None:
+        return 0
+    low, high = padding
+    return int(np.count_nonzero(stored == low if low == high else (stored >= low) & (stored <= high)))
+
+
+def _stored_integer(one: Slice, keyword: str) -> int | None:
+    """A tag that is stored as pixels are: its two bytes may have been read with the wrong sign."""
+    value = one.value(keyword)
+    number = int.from_bytes(value, "little") if isinstance(value, bytes) and len(value) == 2 else integer(value)
+    if number is None or integer(one.value("BitsAllocated")) != 16:
+        return number
+    unsigned = number % 2**16
+    return unsigned - 2**16 if integer(one.value("PixelRepresentation")) == 1 and unsigned >= 2**15 else unsigned
+
+
+def _place(one: Slice) -> PixelPlace:
+    if one.file.pixels is None:
+        raise AssertionError("a slice has pixels")
+    return one.file.pixels
+
+
+def _native(slices: Sequence[Slice]) -> Iterator[tuple[Slice, NDArray[Any]]]:
+    """Uncompressed pixels, read where they lie."""
+    first = slices[0]
+    dtype = _stored_type(first)
+    columns, rows = first.size
+    frame_bytes = columns * rows * dtype.itemsize
+    frames = max(one.frame or 0 for one in slices) + 1
+    held = _place(first).length or 0
+    if held < frames * frame_bytes:
+        raise ImageError(
+            f"truncated: {held} bytes of pixels, its header promises {frames * frame_bytes}; copy it again"
+        )
+    with _plain(first) as file:
+        for one in slices:
+            file.seek(_place(first).offset + (one.frame or 0) * frame_bytes)
+            data = file.read(frame_bytes)
+            if len(data) < frame_bytes:
+                raise ImageError("truncated: the file ends before its pixels do; copy it again from its source")
+            stored = np.frombuffer(data, dtype).reshape(rows, columns)
+            yield one, _significant(stored.astype(dtype.newbyteorder("="), copy=False), one)
+        file.read(1)  # at the end of a member, an archive's checksum is looked at
+
+
+def _plain(one: Slice) -> IO[bytes] | zipfile.ZipExtFile:
+    if _place(one).deflated:
+        return io.BytesIO(read_bytes(one.source, MAX_FILE_BYTES))
+    return one.source.open()
+
+
+def _stored_type(one: Slice) -> np.dtype[Any]:
+    allocated, signed = (integer(one.value(keyword)) for keyword in ("BitsAllocated", "PixelRepresentation"))
+    order = "<" if one.file.scanned.original_encoding[1] in (True, None) else ">"
+    return np.dtype(f"{order}{'i' if signed else 'u'}{(allocated or 16) // 8}")
+
+
+def _significant(stored: NDArray[Any], one: Slice) -> NDArray[Any]:
+    """The stored values without what lies in bits above or below them, e.g. overlays."""
+    allocated = 8 * stored.dtype.itemsize
+    bits = integer(one.value("BitsStored")) or allocated
+    high = integer(one.value("HighBit"))
+    high = bits - 1 if high is None else high
+    if not 1 <= bits <= high + 1 <= allocated:
+        raise ImageError(f"BitsStored {bits} and HighBit {high} do not fit {allocated} bits; the header is damaged")
+    if bits == allocated:
+        return stored
+    shifted: NDArray[Any] = (stored << (allocated - 1 - high)) >> (allocated - bits)
+    return shifted
+
+
+def _encapsulated(slices: Sequence[Slice]) -> Iterator[tuple[Slice, NDArray[Any]]]:
+    """Compressed pixels, unpacked by pydicom's decoders."""
+    from pydicom.encaps import generate_frames, get_frame
+    from pydicom.pixels import get_decoder
+
+    first = slices[0]
+    columns, rows = first.size
+    frames = integer(first.value("NumberOfFrames")) or 1
+    limit = _place(first).offset + 2 * frames * columns * rows * _stored_type(first).itemsize + 2**20
+    dataset = pydicom.dcmread(io.BytesIO(read_bytes(first.source, min(limit, MAX_FILE_BYTES))), force=True)
+    syntax = dataset.file_meta.TransferSyntaxUID
+    if syntax != RLELossless:
+        for frame in generate_frames(dataset.PixelData, number_of_frames=frames):
+            check_codestream(frame, first.size)
+    indices = [one.frame or 0 for one in slices]
+    if syntax in jpeg12.SYNTAXES and (integer(first.value("BitsStored")) or 0) > 8:
+        for one, index in zip(slices, indices, strict=True):
+            yield one, jpeg12.decode(get_frame(dataset.PixelData, index, number_of_frames=frames), syntax, one.size)
+        return
+    decoder = get_decoder(syntax)
+    decoded = decoder.iter_array(dataset, indices=indices, raw=True, decoding_plugin=_PREFERRED.get(syntax, ""))
+    for one, (stored, _) in zip(slices, decoded, strict=True):
+        if stored.shape != (rows, columns):
+            raise ImageError(f"unpacked to {stored.shape[::-1]}, its header promises {columns} x {rows}; copy it again")
+        yield one, stored

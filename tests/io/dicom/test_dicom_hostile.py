@@ -1,0 +1,243 @@
+"""Files that were made or damaged to do harm: each one reads right or gives one clear line; nothing crashes or hangs.
+
+Native decoders could take the process down, so the damaged files are read in a process of their own.
+"""
+
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pydicom.data
+import pytest
+from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless, JPEGLSLossless, RLELossless
+
+from ctseg.errors import CtsegError, ImageError
+from ctseg.io.dicom.codestream import check_codestream
+from ctseg.io.dicom.read import find_series, read_series
+from ctseg.io.dicom.series import Series
+
+Maker = Callable[..., Path]
+
+READER = """
+import resource, sys
+from pathlib import Path
+from ctseg.errors import CtsegError
+from ctseg.io.dicom.read import find_series, read_series
+resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33))
+done = [0, 0, 0]
+for folder in sorted(Path(sys.argv[1]).iterdir()):
+    found = find_series([folder])
+    for name, reason in found.rejected:
+        assert reason and "\\n" not in reason, reason
+    done[2] += len(found.rejected)
+    for series in found.series:
+        try:
+            read_series(series, gaps="fill", tilt="shear")
+            done[0] += 1
+        except CtsegError as error:
+            assert "Traceback" not in str(error)
+            done[1] += 1
+print(*done)
+"""
+
+
+def read_all(folder: Path) -> tuple[int, int, int]:
+    """In a process of its own, with each folder in `folder`: series read, series refused, files refused."""
+    done = subprocess.run(
+        [sys.executable, "-c", READER, str(folder)], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    read, refused, rejected = map(int, done.stdout.split())
+    return read, refused, rejected
+
+
+def test_every_test_file_of_pydicom_reads_or_gives_a_line():
+    folder = Path(pydicom.data.__file__).parent
+    found = find_series([folder])
+    assert len(found.series) > 50
+    assert len(found.others) > 5
+    for name, reason in found.rejected:
+        assert "\n" not in name + reason
+        assert len(reason) < 400
+    for series in found.series:
+        outcome = outcome_of(series)
+        assert outcome is None or outcome.startswith("cannot read series #")
+
+
+def outcome_of(series: Series) -> str | None:
+    """None if it reads, else the message."""
+    try:
+        read_series(series, gaps="fill", tilt="shear")
+    except CtsegError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, RLELossless, JPEG2000Lossless, JPEGLSLossless])
+def test_damaged_files(series_plan, make_series: Maker, tmp_path: Path, syntax: str):
+    """Random bytes changed, runs overwritten, tails cut off: in the header, in the pixels, and anywhere."""
+    source = make_series(series_plan(size=(64, 48, 2), syntax=syntax), "source")
+    files = [path.read_bytes() for path in sorted(source.iterdir())]
+    chance = random.Random(syntax)
+    for number in range(60):
+        folder = tmp_path / "damaged" / f"{number:03}"
+        folder.mkdir(parents=True)
+        for n, data in enumerate(files):
+            (folder / f"{n}.dcm").write_bytes(damaged(bytearray(data), chance))
+    read, refused, rejected = read_all(tmp_path / "damaged")
+    assert read + refused + rejected > 50
+    assert refused + rejected > 10
+
+
+def damaged(data: bytearray, chance: random.Random) -> bytes:
+    pixels = data.rindex(b"\xe0\x7f\x10\x00")
+    low, high = chance.choice([(132, pixels), (pixels, len(data)), (0, len(data))])
+    for _ in range(chance.choice([1, 3, 20])):
+        place = chance.randrange(low, high)
+        data[place] = chance.choice([0, 0xFF, 0x7F, chance.randrange(256), data[place] ^ (1 << chance.randrange(8))])
+    if chance.random() < 0.2:
+        place = chance.randrange(low, high)
+        data[place : place + 8] = chance.randbytes(8)
+    return bytes(data[: chance.randrange(low, high)] if chance.random() < 0.15 else data)
+
+
+def test_sequences_nested_without_end(series_plan, make_series: Maker):
+    folder = make_series(series_plan())
+    path = folder / "slice002.dcm"
+    data = path.read_bytes()
+    start = data.index(b"\x08\x00\x05\x00") if b"\x08\x00\x05\x00" in data else data.index(b"\x08\x00\x08\x00")
+    deep = (b"\x08\x00\x40\x11SQ\0\0\xff\xff\xff\xff" + b"\xfe\xff\x00\xe0\xff\xff\xff\xff") * 20000
+    path.write_bytes(data[:start] + deep + data[start:])
+    found = find_series([folder])
+    assert [name for name, _ in found.rejected] == [str(path)]
+
+
+def test_a_header_that_is_sound_only_where_it_is_looked_at(series_plan, make_series: Maker):
+    """Only some tags of a file are read at first; what else it says may turn out broken, or be gone."""
+    folder = make_series(series_plan())
+    series = find_series([folder]).series[0]
+    for path in folder.iterdir():
+        path.unlink()
+    assert series.value("SeriesDescription") is None
+    assert series.value("Modality") == "CT"
+    with pytest.raises(ImageError, match=r"cannot read '.*slice000.dcm': .*No such file"):
+        series.slices[0].header.get("PatientID")
+    with pytest.raises(ImageError, match=r"cannot read series #1 .CT, 6 slices of 9 x 7, every 2.50 mm.: cannot read"):
+        read_series(series)
+
+
+def test_an_element_that_promises_4_gigabytes(series_plan, make_series: Maker, at_most):
+    folder = make_series(series_plan())
+    path = folder / "slice002.dcm"
+    data = path.read_bytes()
+    start = data.index(b"\x08\x00\x08\x00")
+    path.write_bytes(data[:start] + b"\x07\x00\x01\x10OB\0\0\xfe\xff\xff\xff" + data[start:])
+    with at_most(2**23):
+        found = find_series([folder])
+    assert len(found.rejected) == 1 or len(found.series[0]) == 5
+
+
+@pytest.mark.parametrize(("syntax", "name"), [(JPEG2000Lossless, "jpeg2000"), (JPEGLSLossless, "jpegls")])
+def test_a_codestream_larger_than_its_header_says_is_not_unpacked(
+    series_plan, make_series: Maker, syntax: str, name: str, at_most
+):
+    folder = make_series(series_plan(size=(64, 48, 2), syntax=syntax))
+    find_series([folder])
+    for path in folder.iterdir():
+        data = path.read_bytes()
+        if name == "jpeg2000":
+            start = data.index(b"\xff\x4f\xff\x51") + 8
+            data = data[:start] + (60000).to_bytes(4, "big") * 2 + data[start + 8 :]
+        else:
+            start = data.index(b"\xff\xf7") + 5
+            data = data[:start] + (60000).to_bytes(2, "big") * 2 + data[start + 4 :]
+        path.write_bytes(data)
+    with (
+        at_most(2**25),
+        pytest.raises(ImageError, match="its compressed pixels are 60000 x 60000 of 1 colours"),
+    ):
+        read_series(find_series([folder]).series[0])
+
+
+FRAME = b"\xff\xc3\x00\x0b\x10\x00\x10\x00\x20\x01\x01\x11\x00"
+JPEG2000 = b"\xff\x4f\xff\x51" + bytes(7) + b"\x20\0\0\0\x10" + bytes(25) + b"\x01"
+SCAN = b"\xff\xda\x00\x08\x01\x01\x00\x01\x00\x00"
+TABLES = b"\xff\xc4\x00\x15\x00" + b"\x02" + bytes(15) + b"\x05\x06"
+
+
+@pytest.mark.parametrize(
+    ("data", "fault"),
+    [
+        (b"\xff\xd8\xff\xe0\x00\x04ab" + FRAME + SCAN, None),
+        (b"\xff\xd8\xff\xff" + FRAME + TABLES + SCAN, None),
+        (b"\xff\xd8" + FRAME + b"\xdf" + TABLES[1:] + SCAN, "the markers of its JPEG are damaged"),
+        (b"\xff\xd8" + FRAME, "the markers of its JPEG are damaged"),
+        (b"\xff\xd8" + SCAN, "the markers of its JPEG are damaged"),
+        (b"\xff\xd8" + b"\xff" * 100, "the markers of its JPEG are damaged"),
+        (b"\xff\xd8" + b"\xff\xe0\x00\x00" * 10, "the markers of its JPEG are damaged"),
+        (b"\xff\xd8" + FRAME + FRAME + SCAN, "the markers of its JPEG are damaged"),
+        (b"\xff\xd8" + FRAME + TABLES.replace(b"\x02", b"\x03") + SCAN, "the markers of its JPEG are damaged"),
+        (b"\xff\xd8" + FRAME + b"\xff\x2b\x00\x02" + SCAN, "the markers of its JPEG are damaged"),
+        (b"\xff\xd8\xff\xc3\x00\x11\x10\x00\x10\x00\x20\x03" + bytes(9) + SCAN, "32 x 16 of 3 colours"),
+        (b"\xff\xd8" + FRAME.replace(b"\x20\x01", b"\x21\x01") + SCAN, "33 x 16 of 1 colours"),
+        (b"\0\0\0\x0cjP  " + bytes(40) + JPEG2000, None),
+        (JPEG2000.replace(b"\x20", b"\x21"), "33 x 16 of 1 colours"),
+        (b"", "no JPEG of any kind"),
+    ],
+)
+def test_what_a_codestream_says_is_checked(data: bytes, fault: str | None):
+    """A decoder of GDCM ends the process on broken markers."""
+    if fault is None:
+        check_codestream(data, (32, 16))
+    else:
+        with pytest.raises(ImageError, match=fault):
+            check_codestream(data, (32, 16))
+
+
+def test_a_deflated_bomb_is_not_inflated(series_plan, make_series: Maker, at_most, monkeypatch: pytest.MonkeyPatch):
+    import zlib
+
+    from ctseg.io.dicom import headers
+
+    folder = make_series(series_plan(syntax="1.2.840.10008.1.2.1.99"))
+    path = folder / "slice002.dcm"
+    data = path.read_bytes()
+    end = 144 + int.from_bytes(data[140:144], "little")
+    element = b"\x07\x00\x01\x10OB\0\0" + (2**27).to_bytes(4, "little")
+    packer = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    path.write_bytes(data[:end] + packer.compress(element + bytes(2**27)) + packer.flush())
+    monkeypatch.setattr(headers, "MAX_HEADER_BYTES", 2**22)
+    with at_most(2**25):
+        found = find_series([folder])
+    assert len(found.series[0]) == 5
+
+
+def test_absurd_positions_do_not_fill_the_memory(series_plan, make_series: Maker, at_most):
+    def far(dataset, n: int) -> None:
+        dataset.ImagePositionPatient = [0, 0, [0, 0.02, 0.04, 0.06, 0.08, 999999.98][n]]
+
+    folder = make_series(series_plan(change=far, size=(64, 64, 6)))
+    with at_most(2**24), pytest.raises(ImageError, match=r"at most 2147483648 voxels|distances between slices vary"):
+        read_series(find_series([folder]).series[0], gaps="fill", tilt="shear")
+
+
+def test_many_orientations_and_positions_are_quick(series_plan, make_enhanced: Maker):
+    from time import perf_counter
+
+    start = perf_counter()
+    generator = np.random.default_rng(0)
+
+    def turn(dataset, n: int) -> None:
+        for item in dataset.PerFrameFunctionalGroupsSequence:
+            angle = generator.uniform(0, 7)
+            orientation = pydicom.Dataset()
+            orientation.ImageOrientationPatient = [np.cos(angle), np.sin(angle), 0, -np.sin(angle), np.cos(angle), 0]
+            item.PlaneOrientationSequence = [orientation]
+
+    found = find_series([make_enhanced(series_plan(size=(2, 2, 400), change=turn))])
+    assert len(found.series) > 200
+    assert perf_counter() - start < 20
