@@ -28,6 +28,12 @@ TINY_OVERRIDES = [
 """Turns spleen:small into a recipe that trains in about a second."""
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tests, and the processes they start, find no compiled network of yesterday and leave none to the user."""
+    os.environ["CTSEG_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of real CT (CTSEG_REAL_DATA, default ../shared/data beside the checkout); skips where missing."""

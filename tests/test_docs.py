@@ -33,7 +33,9 @@ def test_every_typed_command_and_option_exists(page: Path) -> None:
         words = shlex.split(line.replace("[", "").replace("]", ""), comments=True)
         assert words[1] in COMMANDS, line
         queued = [word for word in words[2:3] if words[1] == "slurm" and word in COMMANDS]  # it takes its options too
-        known = {name for c in (words[1], *queued) for parameter in COMMANDS[c].params for name in parameter.opts}
+        used = [COMMANDS[c] for c in (words[1], *queued)]
+        used[0] = getattr(used[0], "commands", {}).get("".join(words[2:3]), used[0])  # `dicom ls`: a command of a group
+        known = {name for command in used for parameter in command.params for name in parameter.opts}
         unknown = [
             word for word in words[2:] if word.startswith("--") and word.partition("=")[0] not in {*known, "--help"}
         ]

@@ -128,7 +128,7 @@ def test_what_is_not_there_is_told(here: Path) -> None:
     made("in/notes.txt")
     with pytest.raises(CtsegError, match=r"input 'none.nii.gz': no such file or folder"):
         find_jobs([Path("none.nii.gz")], Path("out"))
-    with pytest.raises(CtsegError, match=r"no CT in in; known suffixes: .nii.gz, .nii, .nrrd, .mha"):
+    with pytest.raises(CtsegError, match=r"no CT in in; known: DICOM and .nii.gz, .nii, .nrrd, .mha"):
         find_jobs([Path("in")], Path("out"))
 
 

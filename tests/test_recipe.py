@@ -12,6 +12,7 @@ from ctseg.specs import (
     AdamSpec,
     AHNetSpec,
     Augmentation,
+    CodeSpec,
     ConstantSpec,
     Data,
     DiceCESpec,
@@ -27,6 +28,7 @@ from ctseg.specs import (
     UNetSpec,
 )
 
+ANATOMY = ("91723000", "Anatomical Structure")
 ALL_NAMES = [name for base in recipe_names() for name in (base, *(f"{base}:{v}" for v in variant_names(base)))]
 
 
@@ -48,6 +50,7 @@ def test_spleen_holds_the_published_numbers():
     assert spleen == Recipe(
         **about,
         labels={"1": "spleen"},
+        codes={"spleen": CodeSpec(category=ANATOMY, type=("78961009", "Spleen"))},
         data=Data(manifest="msd_spleen"),
         preprocess=Preprocess(spacing_mm=(1.5, 1.5, 2.0), hu_window=(-57.0, 164.0), crop_foreground=True),
         network=UNetSpec(
@@ -83,6 +86,7 @@ LUNG = Recipe(
     title="",
     source="",
     labels={"1": "lung"},
+    codes={"lung": CodeSpec(category=ANATOMY, type=("39607008", "Lung"))},
     data=Data(manifest="lung"),
     preprocess=Preprocess(spacing_mm=(0.8, 0.8, 5.0), hu_window=(-1500.0, 500.0), crop_foreground=True),
     network=AHNetSpec(kind="ahnet", layers=(3, 4, 6, 3), psp_block_num=0, upsample_mode="trilinear"),
@@ -124,6 +128,13 @@ def test_bone_lesion_holds_the_published_numbers():
         title="",
         source="",
         labels={"1": "bone lesion"},
+        codes={
+            "bone lesion": CodeSpec(
+                category=("49755003", "Morphologically Abnormal Structure"),
+                type=("52988006", "Lesion"),
+                region=("272673000", "Bone"),
+            )
+        },
         data=Data(manifest="bone_lesion"),
         preprocess=Preprocess(
             spacing_mm=(1.0, 1.0, 1.0), hu_window=(-500.0, 1300.0), crop_foreground=True, binarize_labels=True
@@ -294,6 +305,12 @@ def test_the_last_set_wins():
         ("network.strides=[2,2]", "network.strides: expected one less than channels (5), got 2"),
         ("sampling.patch_size=[96,96,90]", "sampling.patch_size: every size must be a multiple of 16 (the network's"),
         ("inference.window_size=[8,16,16]", "inference.window_size: every size must be a multiple of 16"),
+        ("codes.liver.type=['78961009','Spleen']", "codes.liver.category: missing"),
+        (
+            "codes.spleen.type=['T-C3000','Spleen']",
+            "codes.spleen.type: expected a SNOMED CT code of digits and its meaning",
+        ),
+        ("codes.spleen.type=['78961009']", "codes.spleen.type: expected 2 values, got ['78961009']"),
         ("labels.3=liver", 'labels: expected "1", "2", ... without gaps, got 1, 3'),
         ("labels.2=spleen", "labels: every structure must have its own name, got spleen, spleen"),
         ("name=../up", "name: expected letters, digits, '_', '-' and '.', as it names folders, got '../up'"),
@@ -316,7 +333,7 @@ def test_all_problems_of_file_and_overrides_at_once(tmp_path: Path):
         f"recipe '{path}': 6 problems",
         "  --set nonsense: expected section.key=value",
         "  extra: unknown key; known: name, title, source, labels, data, preprocess, network, sampling, augmentation, "
-        "objective, optimizer, schedule, training, inference, lesions",
+        "objective, optimizer, schedule, training, inference, lesions, codes",
         "  preprocess.spacing: unknown key; did you mean 'spacing_mm'?",
         "  preprocess.spacing_mm: missing",
         "  preprocess.hu_window: expected 2 values, got [0]",

@@ -18,13 +18,17 @@ import typer
 
 import ctseg
 from ctseg import slurm
+from ctseg.commands.convert import convert
 from ctseg.commands.demo import demo
+from ctseg.commands.dicom import dicom
 from ctseg.commands.doctor import doctor
+from ctseg.commands.download import download
 from ctseg.commands.export import export
 from ctseg.commands.finetune import finetune
 from ctseg.commands.import_bundle import import_bundle_command
 from ctseg.commands.import_mmar import import_mmar_command
 from ctseg.commands.infer import infer
+from ctseg.commands.labels import labels
 from ctseg.commands.prepare_dataset import prepare_dataset
 from ctseg.commands.recipes import recipes
 from ctseg.commands.slurm import ARGUMENTS_OF_ANOTHER
@@ -57,8 +61,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-for command in (recipes, prepare_dataset, train, finetune, validate, infer, export, doctor, demo):
+for command in (
+    recipes,
+    download,
+    convert,
+    labels,
+    prepare_dataset,
+    train,
+    finetune,
+    validate,
+    infer,
+    export,
+    doctor,
+    demo,
+):
     app.command()(command)
+app.add_typer(dicom)
 app.command("import-mmar")(import_mmar_command)
 app.command("import-bundle")(import_bundle_command)
 app.command("slurm", context_settings=ARGUMENTS_OF_ANOTHER)(slurm_command)

@@ -6,6 +6,7 @@
     |- ImageError                 a file is not a CT volume ctseg can trust
     |- ModelError                 a checkpoint or an exported model cannot be used
     |- DeviceError                the machine lacks what was asked for
+    |- DownloadError              a file cannot be fetched, or is not what it should be
     |- OutputError                a result cannot be written (disk full, read-only)
     |- NotEnoughMemory            a case does not fit the device's memory
     |- PeerLost                   exit 1: another process of the same run has ended
@@ -41,6 +42,10 @@ class ModelError(CtsegError):
 
 class DeviceError(CtsegError):
     """The machine lacks what was asked for."""
+
+
+class DownloadError(CtsegError):
+    """A file cannot be fetched, or is not what it should be."""
 
 
 class OutputError(CtsegError):

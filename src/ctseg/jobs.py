@@ -8,21 +8,80 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from ctseg import slurm
+from ctseg.dicom_jobs import check_distinct, find_ct_series, is_dicom_or_zip
 from ctseg.errors import CtsegError
 from ctseg.manifest import IMAGE_SUFFIXES, image_stem, read_manifest
+from ctseg.progress import Progress, Silent
+
+if TYPE_CHECKING:
+    from ctseg.io.dicom.series import Series
 
 FAILURES = "failures.csv"
 """Lists the CTs of an output folder that failed, with the reasons."""
+Format = Literal["nifti", "nrrd", "mha", "dicom-seg", "rtstruct"]
+ENDINGS: dict[Format, str] = {
+    "nifti": "_seg.nii.gz",
+    "nrrd": "_seg.nrrd",
+    "mha": "_seg.mha",
+    "dicom-seg": "_seg.dcm",
+    "rtstruct": "_rtstruct.dcm",
+}
+"""What the names of masks end in; other forms of the first three, such as `_seg.nii`, come from their CTs' names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How CTs are read from DICOM, and what masks are written as.
+
+    Attributes:
+        series: Rule that picks series, see `ctseg.io.dicom.rule`; None: every CT series.
+        gaps: What to do about missing slices.
+        tilt: What to do about a tilted gantry.
+        keep_identifiers: Masks of DICOM series are named by SeriesInstanceUID, not by a pseudonym.
+        format: Of the masks; None: that of the CT, NIfTI for DICOM.
+        seg_type: Of a DICOM SEG.
+        keep_empty_frames: A DICOM SEG has a frame also where a structure is not.
+    """
+
+    series: str | None = None
+    gaps: Literal["error", "fill", "ignore"] = "error"
+    tilt: Literal["error", "shear"] = "error"
+    keep_identifiers: bool = False
+    format: Format | None = None
+    seg_type: Literal["binary", "labelmap"] = "binary"
+    keep_empty_frames: bool = False
+
+
+PLAIN = Options()
 
 
 @dataclass(frozen=True)
 class Job:
-    """One CT and where its mask goes."""
+    """One CT and where its mask goes.
+
+    Attributes:
+        image: The CT's file. For a DICOM series, what it lies in and its number there, for people.
+        mask: The mask's file.
+        series: The DICOM series that is the CT, if it is one.
+    """
 
     image: Path
     mask: Path
+    series: Series | None = None
+
+    @property
+    def files(self) -> set[Path]:
+        """What the CT is made of: a mask is out of date when one of these is newer."""
+        return {self.image} if self.series is None else {one.source.path for one in self.series}
+
+
+def is_mask_name(path: Path) -> bool:
+    """True for a file that is called as masks are."""
+    name = path.name.lower()
+    return name.endswith((*ENDINGS.values(), *(f"_seg{suffix}" for suffix in IMAGE_SUFFIXES)))
 
 
 @dataclass(frozen=True)
@@ -72,40 +131,79 @@ def choose_shard(text: str | None, environ: Mapping[str, str]) -> Shard:
     return Shard(int(match[1]) - 1, int(match[2])).divided(process, processes)
 
 
-def find_jobs(inputs: list[Path], output: Path) -> list[Job]:
+def find_jobs(
+    inputs: list[Path], output: Path, options: Options = PLAIN, progress: Progress | None = None
+) -> list[Job]:
     """One job for each CT that `inputs` name, masks below `output`.
 
     Args:
-        inputs: Image files, folders (searched with their subfolders), or lists (`.txt` with one path a line, or a
-            JSON manifest, whose cases of all splits are taken).
+        inputs: Image files, DICOM files, zip archives of DICOM, folders (searched with their subfolders for image
+            files and DICOM), or lists (`.txt` with one path a line, or a JSON manifest, whose cases of all splits are
+            taken).
         output: Folder of the masks. `a/ct.nii.gz` gives `ct_seg.nii.gz`; files from a folder keep their subfolder,
-            and files whose names collide keep the part of their path that tells them apart.
+            and files whose names collide keep the part of their path that tells them apart. Masks of DICOM series
+            are named by a pseudonym of their UID.
+        options: Which series, and the masks' format.
+        progress: Told how far the search for DICOM is.
 
     Raises:
-        CtsegError: if an input does not exist, none names a CT, or masks would lie among the inputs.
+        CtsegError: if an input does not exist, none names a CT, masks would lie among the inputs, or a CT that is not
+            DICOM is to have a mask in DICOM.
     """
     found: list[tuple[Path, Path]] = []  # image, and its path relative to the output
+    in_dicom: list[Path] = []
     for path in inputs:
         if path.is_dir():
-            found += [(image, image.relative_to(path)) for image in _images_below(path, output)]
+            images, others = _files_below(path, output)
+            found += [(image, image.relative_to(path)) for image in images]
+            in_dicom += [path] if others else []
         elif path.suffix in (".txt", ".json"):
             found += _told_apart([case.image for case in read_manifest(path).cases])
         elif path.exists():
-            found.append((path, Path(path.name)))
+            if path.name.lower().endswith(IMAGE_SUFFIXES) or not is_dicom_or_zip(path):
+                found.append((path, Path(path.name)))
+            else:
+                in_dicom.append(path)
         else:
             raise CtsegError(f"input '{path}': no such file or folder")
-    if not found:
-        raise CtsegError(f"no CT in {', '.join(map(str, inputs))}; known suffixes: {', '.join(IMAGE_SUFFIXES)}")
+    jobs = [*_file_jobs(found, output, options), *_series_jobs(in_dicom, output, options, progress or Silent())]
+    if not jobs:
+        raise CtsegError(f"no CT in {', '.join(map(str, inputs))}; known: DICOM and {', '.join(IMAGE_SUFFIXES)}")
+    return jobs
+
+
+def _series_jobs(inputs: list[Path], output: Path, options: Options, progress: Progress) -> list[Job]:
+    shown: dict[str, Path] = {}
+    named = []
+    for path in inputs:
+        for name, series in find_ct_series(path, options.series, progress, keep_identifiers=options.keep_identifiers):
+            shown.setdefault(name, Path(f"{path} #{series.number}"))
+            named.append((name, series))
+    ending = ENDINGS[options.format or "nifti"]
+    return [Job(shown[name], output / f"{name}{ending}", series) for name, series in check_distinct(named)]
+
+
+def _file_jobs(found: list[tuple[Path, Path]], output: Path, options: Options) -> list[Job]:
+    """The jobs of image files, each given with its path relative to the output."""
+    if found and options.format in ("dicom-seg", "rtstruct"):
+        raise CtsegError(
+            f"--format {options.format}: refers to the DICOM images of the CT, and '{found[0][0]}' is none; "
+            f"give the DICOM series, or choose nifti, nrrd or mha"
+        )
     located = {_located(image): (image, relative) for image, relative in found}  # a CT that is named twice counts once
     unique = list(located.values())
     if len({relative for _, relative in unique}) < len(unique):
         unique = _told_apart([image for image, _ in unique])
-    jobs = [Job(image, output / _mask_name(relative)) for image, relative in unique]
+    jobs = [Job(image, output / _mask_name(relative, options.format)) for image, relative in unique]
     for job in jobs:
         if _located(job.mask) in located:
             raise CtsegError(
                 f"'{job.mask}' is an input and would be the mask of '{job.image}'; choose another --output"
             )
+    masks = [job.mask for job in jobs]
+    shared = next((mask for mask in masks if masks.count(mask) > 1), None)
+    if shared is not None:
+        raise CtsegError(f"several CTs would have the mask '{shared}'; leave --format out, or segment them one by one")
     return jobs
 
 
@@ -114,15 +212,18 @@ def _located(image: Path) -> Path:
     return image.parent.resolve() / image.name
 
 
-def _images_below(folder: Path, output: Path) -> list[Path]:
+def _files_below(folder: Path, output: Path) -> tuple[list[Path], bool]:
+    """The image files in a folder that are no masks of ours, and whether there are other files, DICOM perhaps."""
     inside = output.resolve()
     if folder.resolve().is_relative_to(inside):
         raise CtsegError(
             f"output '{output}': must not be the input folder '{folder}' or hold it, as masks would be taken for CTs; "
             f"choose another --output"
         )
-    files = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name.lower().endswith(IMAGE_SUFFIXES))
-    return [p for p in files if not p.name.startswith(".") and not _located(p).is_relative_to(inside)]
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith(".")]
+    files = [p for p in files if not _located(p).is_relative_to(inside)]
+    images = [p for p in files if p.name.lower().endswith(IMAGE_SUFFIXES)]
+    return images, len(images) < len(files)
 
 
 def _told_apart(images: list[Path]) -> list[tuple[Path, Path]]:
@@ -133,10 +234,12 @@ def _told_apart(images: list[Path]) -> list[tuple[Path, Path]]:
     return list(zip(images, named, strict=True))
 
 
-def _mask_name(relative: Path) -> Path:
+def _mask_name(relative: Path, form: Format | None) -> Path:
     """`a/ct.nii.gz` -> `a/ct_seg.nii.gz`; `ct.dcm` -> `ct.dcm_seg.nii.gz`, never written as reading refuses it."""
     stem = image_stem(relative)
     suffix = relative.name[len(stem) :]
     if suffix.lower() not in IMAGE_SUFFIXES:
         return relative.with_name(f"{relative.name}_seg.nii.gz")
+    if form is not None:
+        return relative.with_name(f"{stem}{ENDINGS[form]}")
     return relative.with_name(f"{stem}_seg{suffix}")

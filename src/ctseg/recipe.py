@@ -18,6 +18,7 @@ from typing import Any
 from ctseg.errors import RecipeError, list_problems
 from ctseg.specs import (
     Augmentation,
+    CodeSpec,
     Data,
     DiceCESpec,
     DiceSpec,
@@ -63,6 +64,8 @@ class Recipe:
     inference: Inference
     lesions: LesionSpec | None = None
     """Where given, `validate` also scores every lesion."""
+    codes: dict[str, CodeSpec] | None = None
+    """Name of a structure -> what it is, for DICOM outputs; a label of another name is told by its name only."""
 
     def check(self) -> Iterator[str]:
         """Problems beyond those of single values, as "key: text"."""

@@ -31,6 +31,23 @@ class Data:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CodeSpec:
+    """What a structure is, for DICOM outputs: a code of SNOMED CT and its meaning for each question."""
+
+    category: tuple[str, str]
+    """E.g. ["91723000", "Anatomical Structure"]."""
+    type: tuple[str, str]
+    region: tuple[str, str] | None = None
+    """Where it is, if its type does not say."""
+
+    def check(self) -> Iterator[str]:
+        """Problems beyond those of single values, as "key: text"."""
+        for key, code in (("category", self.category), ("type", self.type), ("region", self.region)):
+            if code is not None and not (code[0].isdecimal() and 0 < len(code[0]) <= 16 and 0 < len(code[1]) <= 64):
+                yield f"{key}: expected a SNOMED CT code of digits and its meaning, got {list(code)}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Preprocess:
     """From a CT in Hounsfield units to the network's input, on a RAS grid."""
 

@@ -18,7 +18,11 @@ from ctseg.recipe import load_recipe
 from ctseg.workspace import start_run
 
 COMMANDS = (
+    "dicom ls",
     "recipes",
+    "convert",
+    "labels",
+    "download",
     "prepare-dataset",
     "train",
     "validate",
@@ -59,12 +63,26 @@ json.dump(answers, sys.stdout)
 """
 """Reads lists of arguments, runs each in one process, and says what was imported by then."""
 
-HELP = [["--help"], ["-h"], ["--version"], [], *([name, "--help"] for name in COMMANDS)]
-LIGHT = [["recipes"], ["recipes", "--json"], ["recipes", "spleen"], ["recipes", "spleen", "--set", "training.epochs=3"]]
+HELP = [["--help"], ["-h"], ["--version"], [], *([*name.split(), "--help"] for name in COMMANDS)]
+LIGHT = [
+    ["download"],
+    ["recipes"],
+    ["recipes", "--json"],
+    ["recipes", "spleen"],
+    ["recipes", "spleen", "--set", "training.epochs=3"],
+]
 WRONG = {
     "nope": "No such command 'nope'",
     "--nope": "No such option: --nope",
+    "dicom": "Missing command",
+    "dicom ls": "Missing argument",
+    "dicom ls nowhere": "cannot read 'nowhere': no such file or folder",
+    "dicom ls nowhere --series SliceThick<3": "--series 'SliceThick<3': unknown field 'SliceThick'; did you mean",
     "train": "Missing argument",
+    "convert": "Missing argument",
+    "convert none.nii.gz a.nrrd": "source 'none.nii.gz': no such file or folder",
+    "convert . a.nrrd --format mha": "--format is for a folder of CTs",
+    "convert . a --gaps close": "Invalid value for '--gaps'",
     "train spleen more": "Got unexpected extra argument",
     "train spleen --gpu 2": "No such option: --gpu",
     "train splen": "recipe 'splen': no such recipe; known: ",
@@ -76,7 +94,7 @@ WRONG = {
     "train spleen --gpus 0": "Invalid value for '--gpus'",
     "train spleen --gpus two": "Invalid value for '--gpus'",
     "train spleen --precision half": "Invalid value for '--precision'",
-    "train spleen --data nowhere": "data set 'msd_spleen': no image found below 'nowhere/Task09_Spleen'; fetch it from",
+    "train spleen --data nowhere": "data set 'msd_spleen': no image found below 'nowhere/Task09_Spleen'; fetch it with",
     "train spleen --manifest none.json": "manifest 'none.json': cannot be read: [Errno 2] No such file",
     "train spleen --manifest nope": "manifest 'nope': not shipped with ctseg; known: ",
     "train spleen --manifest missing.json": "manifest 'missing': file not found: gone.nii.gz",
@@ -99,7 +117,7 @@ WRONG = {
     "infer ct.nii.gz": "Missing option '--output'",
     "infer --output masks": "Missing argument",
     "infer none.nii.gz --output masks": "input 'none.nii.gz': no such file or folder",
-    "infer empty --output masks": "no CT in empty; known suffixes: .nii.gz, .nii, .nrrd, .mha",
+    "infer empty --output masks --quiet": "no CT in empty; known: DICOM and .nii.gz, .nii, .nrrd, .mha",
     "infer none.txt --output masks": "manifest 'none.txt': cannot be read",
     "infer ct.nii.gz --output file": "cannot write 'file': File exists",
     "infer cts --output cts": "output 'cts': must not be the input folder 'cts' or hold it",
@@ -108,6 +126,14 @@ WRONG = {
     "infer ct.nii.gz --output masks --model none.pt": "model 'none.pt': no such file or folder",
     "infer ct.nii.gz --output masks --model empty": "model 'empty': not a run folder, it has no recipe.json",
     "infer ct.nii.gz --output masks --device gpu0": "Invalid value for '--device': expected auto, cpu, cuda or",
+    "infer ct.nii.gz --output masks --format dicom-seg": "--format dicom-seg: refers to the DICOM images of the CT",
+    "infer ct.nii.gz --output masks --format dcm": "Invalid value for '--format'",
+    "infer ct.nii.gz --output masks --gaps close": "Invalid value for '--gaps'",
+    "labels": "Missing argument",
+    "labels none --list": "source 'none': no such file or folder",
+    "labels empty --output masks": "--output and at least one --label are needed; --list shows which names there are",
+    "labels empty --output masks --label liver": "--label liver: expected VALUE=PATTERN with a value in 1..255",
+    "labels empty --output masks --label 1=liver --quiet": "no SEG or RTSTRUCT in empty",
     "infer ct.nii.gz --output masks --shard 3/2": "--shard 3/2: expected auto or I/N with I from 1 to N",
     "train spleen --prepared ct.nii.gz": "--prepared ct.nii.gz: must be a folder, got a file",
     "export --format tflite": "Invalid value for '--format'",
@@ -139,6 +165,27 @@ WRONG = {
     "prepare-dataset spleen --manifest none.json --quiet": "manifest 'none.json': cannot be read",
     "prepare-dataset spleen --manifest test.json --quiet": "manifest 'test': split 'training' has no cases",
     "prepare-dataset spleen --manifest training.json --prepared file --quiet": "cannot write 'file': File exists",
+    "prepare-dataset spleen --manifest cts --quiet": "folder 'cts': expected imagesTr and labelsTr or images and",
+    "prepare-dataset spleen --manifest list.csv --quiet": "manifest 'list.csv': cannot be read: [Errno 2] No such file",
+    "prepare-dataset spleen --split 8/1/1": "--split 8/1/1: percentages must sum to 100, got 10",
+    "prepare-dataset spleen --split 80/20 --folds 5": "--split and --folds: each deals out the cases, give one",
+    "prepare-dataset spleen --folds 5": "--folds and --fold: belong together, as in --folds 5 --fold 1",
+    "prepare-dataset spleen --fold 1": "--folds and --fold: belong together, as in --folds 5 --fold 1",
+    "prepare-dataset spleen --folds 5 --fold 6": "--fold 6: there are only 5 folds, numbered from 1",
+    "prepare-dataset spleen --folds 1 --fold 1": "Invalid value for '--folds'",
+    "prepare-dataset spleen --seed 1": "--seed: only with --split or --folds",
+    "prepare-dataset spleen --resplit": "--resplit: only with --split or --folds",
+    "prepare-dataset spleen --workers 0": "Invalid value for '--workers'",
+    "prepare-dataset spleen --fix --write-manifest new.csv": "--write-manifest new.csv: a data list's name must end in",
+    "prepare-dataset spleen --manifest training.json --write-manifest training.json": "--write-manifest training.json: "
+    "is the list that is read; name another file",
+    "train spleen --manifest cts": "folder 'cts': expected imagesTr and labelsTr or images and labels in it",
+    "download nope": "'nope': neither a data set nor a model; known: btcv, covid19_ct_seg, msd_liver, ",
+    "download --from ct.nii.gz": "--from, --set and --keep-archive need the NAME of what to download",
+    "download msd_spleen --set training.epochs=3": "--set: is for models; 'msd_spleen' is a data set",
+    "download msd_spleen --from none.tar --quiet": "--from none.tar: no such file or folder",
+    "download covid19_ct_seg --from file --quiet": "--from file: 'covid19_ct_seg' is COVID-19-CT-Seg_20cases.zip, ",
+    "download spleen_ct_segmentation --data cts": "--data: is for data sets; 'spleen_ct_segmentation' is a model and",
     "doctor now": "Got unexpected extra argument",
     "demo --output file": "cannot write 'file': File exists",
 }

@@ -1,6 +1,7 @@
 """`ctseg infer` on good, bad and hostile input: one line for each bad file, the others done, nothing half-written."""
 
 import csv
+import dataclasses
 import gzip
 import json
 import os
@@ -12,11 +13,13 @@ from typing import Any
 
 import nibabel
 import numpy as np
+import pydicom
 import pytest
 import SimpleITK
 from nibabel.nifti1 import Nifti1Header
 
 from ctseg.io.images import read_geometry, read_labels
+from dicom_maker import Plan, write_series
 
 SIZE = (16, 14, 12)
 AFFINE = np.diag([-5.0, -5.0, 5.0, 1.0])
@@ -391,3 +394,27 @@ def test_output_on_a_full_disk(cli: Callable[..., Any], cts: Path, tiny_model: P
     assert result.message.startswith(f"cannot write '{folder / 'large_seg.nii'}': No space left on device; free space")
     assert files_below(folder) == ["ctseg_model.json", "two_seg.nii"]
     assert read_labels(folder / "two_seg.nii").array.shape == SIZE
+
+
+def test_dicom_in_and_out(tiny_model: Path, cli, tmp_path: Path, monkeypatch) -> None:
+    """One series of a study is chosen, one of another fails; notes and masks are told to scripts."""
+    monkeypatch.setenv("CTSEG_PSEUDONYM_KEY", "k" * 40)
+    plan = Plan(size=(24, 20, 16), spacing_mm=(9, 9, 9), hu=lambda points: points @ np.array([1.0, 2.0, 0.5]))
+    study = {"StudyInstanceUID": "1.2.3.4.5.6"}
+    write_series(tmp_path / "scans" / "thin", dataclasses.replace(plan, tags=study, drop=["FrameOfReferenceUID"]))
+    write_series(tmp_path / "scans" / "thick", dataclasses.replace(plan, tags=study, spacing_mm=(9, 9, 18)))
+    write_series(tmp_path / "scans" / "gap", dataclasses.replace(plan, missing=[5]))
+    options = ["--output", "out", "--model", tiny_model, "--device", "cpu", "--format", "dicom-seg"]
+    result = cli("infer", "scans", *options, "--series", "thinnest", "--json")
+    assert result.code == 1
+    assert "1 of 2 files failed" in result.message
+    assert "missing slices" in result.message
+    done, failed = sorted(json.loads(result.out), key=lambda row: row["status"])
+    assert (done["status"], failed["status"]) == ("done", "failed")
+    assert pydicom.dcmread(tmp_path / done["mask"]).Modality == "SEG"
+    assert done["notes"] == ["FrameOfReferenceUID of the CT is missing or breaks DICOM's rules: a new one was made"]
+    assert done["notes"][0] in result.err
+    again = cli("infer", "scans", *options, "--series", "thinnest", "--gaps", "fill", "--quiet")
+    assert again.code == 0
+    assert "1 done, 1 skipped" in again.out or "1 skipped, 1 done" in again.out
+    assert len(list((tmp_path / "out").glob("ct-*_seg.dcm"))) == 2

@@ -20,7 +20,8 @@ Overrides = Annotated[
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one value of the recipe; may be repeated."),
 ]
 ManifestOption = Annotated[
-    str | None, typer.Option("--manifest", help="Data list: a file, or a shipped name. Default: the recipe's.")
+    str | None,
+    typer.Option("--manifest", help="Data list: a file, a folder, or a shipped name. Default: the recipe's."),
 ]
 DataOption = Annotated[
     Path | None, typer.Option("--data", help="Folder of the images. Default: $CTSEG_DATA, else ./data.")
@@ -42,6 +43,25 @@ DeviceOption = Annotated[str, typer.Option("--device", callback=_check_device, h
 PrecisionOption = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
     typer.Option("--precision", help="auto: float16 AMP on CUDA, else float32."),
+]
+BackendOption = Annotated[
+    Literal["auto", "torch", "onnxruntime", "openvino"],
+    typer.Option("--backend", help="What runs the network; auto: the fastest, measured once for a model on this CPU."),
+]
+SeriesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--series", metavar="RULE", help="Which series: '#2', a UID, 'SliceThickness<=3 and not LUNG, most-slices'."
+    ),
+]
+KeepIdentifiersFlag = Annotated[
+    bool, typer.Option("--keep-identifiers", help="Show and use patient and UID as they are, not as pseudonyms.")
+]
+GapsOption = Annotated[
+    Literal["error", "fill", "ignore"], typer.Option("--gaps", help="DICOM: what to do about missing slices.")
+]
+TiltOption = Annotated[
+    Literal["error", "shear"], typer.Option("--tilt", help="DICOM: what to do about a tilted gantry.")
 ]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]

@@ -6,14 +6,26 @@ import dataclasses
 import os
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ctseg.commands.common import DeviceOption, JsonFlag, ModelOption, PrecisionOption, QuietFlag, emit, rounded
+from ctseg.commands.common import (
+    DeviceOption,
+    GapsOption,
+    JsonFlag,
+    KeepIdentifiersFlag,
+    ModelOption,
+    PrecisionOption,
+    QuietFlag,
+    SeriesOption,
+    TiltOption,
+    emit,
+    rounded,
+)
 from ctseg.errors import CasesFailed
 from ctseg.files import make_folder
-from ctseg.jobs import Shard, choose_shard, find_jobs
+from ctseg.jobs import Options, Shard, choose_shard, find_jobs
 from ctseg.progress import make_progress
 from ctseg.report.tables import render_table
 from ctseg.workspace import resolve_model
@@ -24,10 +36,25 @@ if TYPE_CHECKING:
 
 def infer(
     inputs: Annotated[
-        list[Path], typer.Argument(metavar="INPUT...", help="CT files, folders, or lists (.txt, .json).")
+        list[Path],
+        typer.Argument(metavar="INPUT...", help="CT files, DICOM files or zip archives, folders, lists (.txt, .json)."),
     ],
     output: Annotated[Path, typer.Option(help="Folder of the masks.")],
     model: ModelOption = None,
+    form: Annotated[
+        Literal["nifti", "nrrd", "mha", "dicom-seg", "rtstruct"] | None,
+        typer.Option("--format", help="Of the masks. Default: as the CT; NIfTI for DICOM."),
+    ] = None,
+    series: SeriesOption = None,
+    gaps: GapsOption = "error",
+    tilt: TiltOption = "error",
+    seg_type: Annotated[
+        Literal["binary", "labelmap"], typer.Option("--seg-type", help="Of DICOM SEG; every viewer reads binary.")
+    ] = "binary",
+    keep_empty_frames: Annotated[
+        bool, typer.Option("--keep-empty-frames", help="DICOM SEG has a frame for every image, empty or not.")
+    ] = False,
+    keep_identifiers: KeepIdentifiersFlag = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Redo masks that are already there.")] = False,
     overlays: Annotated[bool, typer.Option("--overlays", help="Also draw a picture of every mask.")] = False,
     shard: Annotated[
@@ -39,16 +66,26 @@ def infer(
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Segment CTs (NIfTI, NRRD, MHA): a uint8 mask on each input's own grid, in its own format."""
+    """Segment CTs (NIfTI, NRRD, MHA, DICOM): a mask on each input's own grid, in its own format or as DICOM SEG."""
     part = choose_shard(shard, os.environ)
     path = resolve_model(model)
-    jobs = find_jobs(inputs, output)
+    options = Options(
+        series=series,
+        gaps=gaps,
+        tilt=tilt,
+        keep_identifiers=keep_identifiers,
+        format=form,
+        seg_type=seg_type,
+        keep_empty_frames=keep_empty_frames,
+    )
+    with make_progress(quiet) as progress:
+        jobs = find_jobs(inputs, output, options, progress)
     make_folder(output)
     from ctseg.engine.infer import infer as run
     from ctseg.engine.model import load_model
     from ctseg.engine.runtime import running, stop_on_signal
 
-    options = {"overwrite": overwrite, "overlays": overlays}
+    flags = {"overwrite": overwrite, "overlays": overlays}
     with (
         running(device, precision, amp=True, alone=True) as runtime,
         stop_on_signal() as stop_requested,
@@ -56,7 +93,9 @@ def infer(
     ):
         loaded = load_model(path, runtime)
         progress.note(f"model {path} on {runtime.describe()}{_part(part)}")
-        outcomes = run(loaded, jobs, output, progress, shard=part, stop_requested=stop_requested, **options)
+        outcomes = run(
+            loaded, jobs, output, progress, options=options, shard=part, stop_requested=stop_requested, **flags
+        )
     emit([dataclasses.asdict(o) for o in outcomes], _text(outcomes, path), as_json)
     failed = [o for o in outcomes if o.status == "failed"]
     if failed:

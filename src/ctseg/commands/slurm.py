@@ -17,7 +17,7 @@ from ctseg.commands.finetune import SUFFIX, check_start
 from ctseg.commands.train import check_data, plan_training, train_options
 from ctseg.errors import CtsegError
 from ctseg.files import make_folder, write_text
-from ctseg.jobs import find_jobs
+from ctseg.jobs import Options, find_jobs
 from ctseg.manifest import SPLITS, find_manifest
 from ctseg.recipe import Recipe
 from ctseg.sbatch import Expand, Resources, Work, check_resources, script
@@ -215,7 +215,8 @@ def _infer(command: Any, given: Parameters, resources: Resources) -> list[str]:
         if given[name]:
             why = "--array deals the CTs out" if name == "shard" else "a job that is queued again would start anew"
             raise CtsegError(f"--{name}: not in a job, as {why}")
-    find_jobs([Path(path) for path in given["inputs"]], Path(given["output"]))
+    options = Options(series=given["series"], format=given["form"])
+    find_jobs([Path(path) for path in given["inputs"]], Path(given["output"]), options)
     shard = "1/1" if resources.num_tasks > 1 else None
     if resources.array_size is not None:
         shard = Expand(f"$SLURM_ARRAY_TASK_ID/{resources.array_size}")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import shutil
 import warnings
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ctseg.engine.backends.onnx import OPSET, to_onnx
 from ctseg.engine.bundle import bundle_forward, staging_folder, write_bundle
 from ctseg.engine.model import Forward, forward_of, load_model, load_network
 from ctseg.engine.predict import window_starts
@@ -31,7 +31,6 @@ from ctseg.sampling import cut_patch
 from ctseg.sources.phantom import make_phantom
 from ctseg.workspace import EXPORT_SUFFIXES
 
-ONNX_OPSET = 18
 TOLERANCE = 1e-3
 """Largest difference between two logits, relative to the largest logit, that counts as the same answer."""
 MIN_AGREEMENT = 0.9999
@@ -112,22 +111,7 @@ def _to_torchscript(network: nn.Module, example: Tensor, recipe: str) -> bytes:
 
 
 def _to_onnx(network: nn.Module, example: Tensor, recipe: str) -> bytes:
-    # It reports that torchvision, which no network here uses, is not installed.
-    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's notices are for developers
-        program = torch.onnx.export(
-            network,
-            (example,),
-            input_names=["image"],
-            output_names=["logits"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            opset_version=ONNX_OPSET,
-            dynamo=True,
-            verbose=False,
-        )
-    assert program is not None  # it is, with dynamo=True
-    model = program.model_proto
+    model = to_onnx(network, example)
     entry = model.metadata_props.add()
     entry.key, entry.value = RECIPE_ENTRY, recipe
     content: bytes = model.SerializeToString()
@@ -152,7 +136,7 @@ def _compare(eager: Forward, exported: Forward, recipe: Recipe, runtime: Runtime
             f"the file was not kept"
         )
     return {
-        "opset": ONNX_OPSET if file_format == "onnx" else None,
+        "opset": OPSET if file_format == "onnx" else None,
         "windows": len(windows),
         "largest_logit": largest,
         "largest_difference": difference,

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
+from ctseg.engine.cases import read_case, write_mask
 from ctseg.engine.model import Model
 from ctseg.engine.predict import OnWindow, predict
 from ctseg.engine.runtime import memory_errors
 from ctseg.errors import CtsegError, ImageError, NotEnoughMemory, Stopped
 from ctseg.files import make_folder, output_errors, write_csv, write_json
-from ctseg.io.images import read_image, write_labels
-from ctseg.jobs import Job, Shard
-from ctseg.manifest import IMAGE_SUFFIXES, image_stem
+from ctseg.jobs import PLAIN, Job, Options, Shard, is_mask_name
+from ctseg.manifest import image_stem
 from ctseg.progress import Progress
 from ctseg.report.overlay import draw_overlay
 
@@ -30,7 +30,11 @@ WHOLE = Shard()
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one CT: "done", "skipped" (its mask was there) or "failed"."""
+    """What became of one CT: "done", "skipped" (its mask was there) or "failed".
+
+    Attributes:
+        notes: What was repaired or odd about a DICOM series, or missing in its header.
+    """
 
     image: Path
     mask: Path
@@ -38,6 +42,7 @@ class Outcome:
     volumes_ml: dict[str, float]
     seconds: float
     error: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def infer(
@@ -46,6 +51,7 @@ def infer(
     output: Path,
     progress: Progress,
     *,
+    options: Options = PLAIN,
     overwrite: bool = False,
     overlays: bool = False,
     shard: Shard = WHOLE,
@@ -73,7 +79,10 @@ def infer(
     progress.start(f"segmenting with {model.recipe.name}", len(mine))
     for job in mine:
         stop()
-        outcomes.append(_run(model, job, progress, overwrite, overlays, stop))
+        if not overwrite and _is_done(job):
+            outcomes.append(Outcome(job.image, job.mask, "skipped", {}, 0.0))
+        else:
+            outcomes.append(_run(model, job, options, progress, overlays, stop))
         _record_failures(output / shard.failures, outcomes[-1])
         progress.advance(f"{job.image.name}: {outcomes[-1].error or outcomes[-1].status}")
     progress.finish()
@@ -97,7 +106,7 @@ def _claim(output: Path, model: Model, jobs: list[Job], overwrite: bool) -> None
                 f"choose another --output, or --overwrite (without --shard) to replace them"
             )
         replaced = {job.mask for job in jobs}
-        masks = (path for path in sorted(output.rglob("*_seg.*")) if path.name.lower().endswith(IMAGE_SUFFIXES))
+        masks = (path for path in sorted(output.rglob("*")) if is_mask_name(path))
         left = [mask for mask in masks if mask not in replaced]
         if left:
             raise CtsegError(
@@ -134,32 +143,34 @@ def show_windows(progress: Progress, name: str, stop: Callable[[], None] = lambd
 
 
 def _run(
-    model: Model, job: Job, progress: Progress, overwrite: bool, overlays: bool, stop: Callable[[], None]
+    model: Model, job: Job, options: Options, progress: Progress, overlays: bool, stop: Callable[[], None]
 ) -> Outcome:
-    if not overwrite and _is_done(job):
-        return Outcome(job.image, job.mask, "skipped", {}, 0.0)
     started = time.perf_counter()
     try:
         with memory_errors(f"'{job.image}'", model.runtime.device):
-            volume = read_image(job.image)
+            case = read_case(job, options)
         with show_windows(progress, job.image.name, stop) as on_window:
-            mask = predict(model, volume, on_window)
+            mask = predict(model, case.volume, on_window)
+        notes = case.notes + write_mask(job, case, mask, model, options)
     except (ImageError, NotEnoughMemory) as error:
         text = str(error) if str(job.image) in str(error) else f"'{job.image}': {error}"
         return Outcome(job.image, job.mask, "failed", {}, time.perf_counter() - started, text)
-    make_folder(job.mask.parent)
-    write_labels(job.mask, mask, volume.geometry)
+    for note in notes:
+        progress.note(f"{job.image.name}: {note}")
+    volume = case.volume
     if overlays:
-        picture = job.mask.with_name(f"{image_stem(job.mask)}.png")
-        draw_overlay(picture, volume, mask, None, model.recipe.preprocess.hu_window, job.image.name)
+        stem = image_stem(job.mask)
+        title = job.image.name if job.series is None else stem  # a folder may be called as the patient is
+        hu_window = model.recipe.preprocess.hu_window
+        draw_overlay(job.mask.with_name(f"{stem}.png"), volume, mask, None, hu_window, title)
     counts = np.bincount(mask.ravel(order="K"), minlength=model.recipe.num_classes)
     volumes = {n: float(counts[int(v)]) * volume.geometry.voxel_volume_ml for v, n in model.recipe.labels.items()}
-    return Outcome(job.image, job.mask, "done", volumes, time.perf_counter() - started)
+    return Outcome(job.image, job.mask, "done", volumes, time.perf_counter() - started, notes=notes)
 
 
 def _is_done(job: Job) -> bool:
     try:
-        return job.mask.stat().st_mtime_ns >= job.image.stat().st_mtime_ns
+        return job.mask.stat().st_mtime_ns >= max(file.stat().st_mtime_ns for file in job.files)
     except OSError:
         return False
 

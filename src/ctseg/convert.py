@@ -1,0 +1,229 @@
+"""CTs from one format to another: one file, or a whole archive to a tidy data set with its manifest."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ctseg.dicom_jobs import find_ct_series
+from ctseg.errors import CtsegError, ImageError, OutputError
+from ctseg.files import make_folder, write_json
+from ctseg.io.dicom.names import patient_name
+from ctseg.io.dicom.read import DicomCT, Gaps, Tilt, find_series, read_series, select_series
+from ctseg.io.dicom.series import Series
+from ctseg.io.dicom.write import write_series
+from ctseg.io.images import read_image, read_labels, write_image
+from ctseg.manifest import IMAGE_SUFFIXES, image_stem
+from ctseg.privacy import without_uids
+from ctseg.progress import Progress
+from ctseg.volume import Geometry, Volume
+
+SUFFIXES = {"nifti": ".nii.gz", "nrrd": ".nrrd", "mha": ".mha", "dicom": ""}
+"""What each format's files end in; DICOM is a folder."""
+MANIFEST = "data.json"
+IMAGES = "images"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How CTs are read and named.
+
+    Attributes:
+        rule: Which DICOM series, see `select_series`; None: the only one, or in an archive every CT.
+        gaps: What to do about missing slices.
+        tilt: What to do about a tilted gantry.
+        labels: Image files hold label maps, not CT.
+        overwrite: Replace what is there.
+        keep_identifiers: Name DICOM series and patients as they are, not by pseudonyms.
+    """
+
+    rule: str | None = None
+    gaps: Gaps = "error"
+    tilt: Tilt = "error"
+    labels: bool = False
+    overwrite: bool = False
+    keep_identifiers: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What became of one CT.
+
+    Attributes:
+        source: What it was made of, without identifiers unless they were to be kept.
+        output: The file, or the folder of a DICOM series.
+        status: "done", "skipped" (it was there) or "failed".
+        error: Why it failed.
+        seconds: That it took.
+        largest_change_hu: Between a voxel and what was stored; only DICOM rounds.
+        grid: Size, spacing and axes of what was written.
+        dicom: The geometry report of a DICOM series.
+        patient: Whose it is: a pseudonym, unless identifiers were to be kept; None where unknown.
+    """
+
+    source: str
+    output: Path
+    status: str
+    error: str = ""
+    seconds: float = 0.0
+    largest_change_hu: float = 0.0
+    grid: dict[str, Any] | None = None
+    dicom: dict[str, Any] | None = None
+    patient: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {**dataclasses.asdict(self), "output": str(self.output)}
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One CT to convert: where from, where to."""
+
+    shown: str
+    output: Path
+    read: Callable[[], Volume | DicomCT]
+    patient: str | None = None
+
+
+def is_image_name(path: Path) -> bool:
+    """True for names of NIfTI, NRRD and MHA files."""
+    return path.name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def convert_one(source: Path, output: Path, options: Options, progress: Progress) -> Conversion:
+    """Converts the one CT in `source` to the image file, or the folder of a DICOM series, `output`.
+
+    Raises:
+        CtsegError: if there is not exactly one, it cannot be trusted, or `output` is there and not to be replaced.
+    """
+    if output.exists() and not options.overwrite:
+        raise OutputError(f"'{output}' is there already; --overwrite replaces it")
+    if is_image_name(source):
+        return _convert(_image_task(source, output, options))
+    series = select_series(find_series([source], progress), options.rule)
+    return _convert(_series_task(source, series, output, options))
+
+
+def convert_all(source: Path, folder: Path, form: str, options: Options, progress: Progress) -> list[Conversion]:
+    """Converts every CT in `source` to `folder`/images and lists them in a manifest; what is there is kept.
+
+    Args:
+        source: A folder (with its subfolders) of DICOM and image files, a zip archive of DICOM, or one file.
+        folder: Of the data set.
+        form: A key of SUFFIXES.
+        options: A rule picks among the DICOM series.
+        progress: Told of each.
+
+    Returns:
+        One for each CT, those with an error among them.
+
+    Raises:
+        CtsegError: if there is no CT at all, or two would have one name.
+        OutputError: if results cannot be written.
+    """
+    if folder.resolve().is_relative_to(source.resolve()):
+        raise CtsegError(f"output '{folder}': must not lie in the source '{source}'; choose another folder")
+    tasks = list(_tasks(source, folder / IMAGES, SUFFIXES[form], options, progress))
+    if not tasks:
+        raise CtsegError(f"no CT in '{source}'; `ctseg dicom ls {source}` lists what it holds")
+    _check_names(tasks)
+    make_folder(folder / IMAGES)
+    results = []
+    progress.start("converting", len(tasks))
+    for task in tasks:
+        results.append(_try(task, options.overwrite))
+        progress.advance(f"{task.output.name}: {results[-1].error or results[-1].status}")
+    progress.finish()
+    if form != "dicom":
+        _write_manifest(folder, [result for result in results if result.status != "failed"])
+    return results
+
+
+def _tasks(source: Path, images: Path, suffix: str, options: Options, progress: Progress) -> Iterator[_Task]:
+    if is_image_name(source):
+        yield _image_task(source, images / f"{image_stem(source)}{suffix}", options)
+        return
+    for path in sorted(source.rglob("*")) if source.is_dir() else []:
+        if is_image_name(path) and path.is_file() and not path.name.startswith("."):
+            below = path.relative_to(source).with_name(f"{image_stem(path)}{suffix}")
+            yield _image_task(path, images / below, options)
+    for name, series in find_ct_series(source, options.rule, progress, keep_identifiers=options.keep_identifiers):
+        yield _series_task(source, series, images / f"{name}{suffix}", options)
+
+
+def _image_task(path: Path, output: Path, options: Options) -> _Task:
+    return _Task(without_uids(str(path)), output, lambda: (read_labels if options.labels else read_image)(path))
+
+
+def _series_task(source: Path, series: Series, output: Path, options: Options) -> _Task:
+    shown = f"{source} #{series.number}"
+    return _Task(
+        shown if options.keep_identifiers else without_uids(shown),
+        output,
+        lambda: read_series(series, gaps=options.gaps, tilt=options.tilt),
+        patient_name(series, keep_identifiers=options.keep_identifiers),
+    )
+
+
+def _check_names(tasks: list[_Task]) -> None:
+    shared = [output for output, count in Counter(task.output for task in tasks).items() if count > 1]
+    if shared:
+        raise CtsegError(
+            f"{len(shared)} names would stand for several CTs, e.g. '{shared[0].name}'; convert one by one"
+        )
+
+
+def _try(task: _Task, overwrite: bool) -> Conversion:
+    if task.output.exists() and not overwrite:
+        return Conversion(source=task.shown, output=task.output, status="skipped", patient=task.patient)
+    try:
+        return _convert(task)
+    except ImageError as error:
+        return Conversion(source=task.shown, output=task.output, status="failed", error=str(error))
+
+
+def _convert(task: _Task) -> Conversion:
+    started = time.perf_counter()
+    content = task.read()
+    volume, report = (content.volume, content.report.to_dict()) if isinstance(content, DicomCT) else (content, None)
+    change = 0.0
+    make_folder(task.output.parent)
+    if is_image_name(task.output):
+        write_image(task.output, volume)
+    else:
+        change = write_series(task.output, volume, "converted by ctseg")
+    return Conversion(
+        source=task.shown,
+        output=task.output,
+        status="done",
+        seconds=time.perf_counter() - started,
+        largest_change_hu=change,
+        grid=describe_grid(volume.geometry),
+        dicom=report,
+        patient=task.patient,
+    )
+
+
+def describe_grid(geometry: Geometry) -> dict[str, Any]:
+    """Size, spacing, origin and axes as plain data."""
+    return {
+        "size": list(geometry.size),
+        "spacing_mm": list(geometry.spacing_mm),
+        "origin_mm_lps": list(geometry.origin_mm),
+        "direction_lps": geometry.direction.tolist(),
+        "axes": geometry.axis_codes,
+    }
+
+
+def _write_manifest(folder: Path, results: list[Conversion]) -> None:
+    entries = []
+    for result in results:
+        patient = {} if result.patient is None else {"patient": result.patient}
+        entries.append({"image": result.output.relative_to(folder).as_posix(), **patient})
+    write_json(folder / MANIFEST, {"name": folder.resolve().name, "licence": "unknown", "test": entries})

@@ -1,0 +1,78 @@
+"""Which DICOM series `ctseg infer` and `ctseg convert` are asked for, and what is made of them is called."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ctseg.errors import CtsegError
+from ctseg.privacy import without_uids
+from ctseg.progress import Progress
+
+if TYPE_CHECKING:
+    from ctseg.io.dicom.series import Series
+
+_DICOM_MARK = b"DICM"
+_ZIP_MARK = b"PK\x03\x04"
+_SHOWN_REJECTED = 5
+
+
+def is_dicom_or_zip(path: Path) -> bool:
+    """True for a file that begins as DICOM or as a zip archive, whatever its name."""
+    try:
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            start = file.read(132)
+    except OSError:
+        return False
+    return start[128:] == _DICOM_MARK or start[:4] == _ZIP_MARK
+
+
+def find_ct_series(
+    path: Path, rule: str | None, progress: Progress, *, keep_identifiers: bool
+) -> list[tuple[str, Series]]:
+    """The CT series in a folder, zip archive or file, and the name of each: all, or those that `rule` leaves.
+
+    The rule is asked for each study by itself, so that `thinnest` means the thinnest of every study.
+
+    Raises:
+        CtsegError: if the rule is wrong, or leaves nothing of the CT series that there are.
+        ImageError: if the files cannot be searched.
+    """
+    from ctseg.io.dicom.names import series_name
+    from ctseg.io.dicom.read import find_series, select_series
+    from ctseg.io.dicom.rule import choose
+
+    choose([], rule)  # a wrong rule is told before the search
+    found = find_series([path], progress)
+    for name, reason in found.rejected[:_SHOWN_REJECTED]:
+        progress.note(f"left out '{name if keep_identifiers else without_uids(name)}': {reason}")
+    if len(found.rejected) > _SHOWN_REJECTED:
+        progress.note(f"{len(found.rejected) - _SHOWN_REJECTED} more files of '{path}' left out")
+    studies: dict[str, list[Series]] = {}
+    for series in found.series:
+        studies.setdefault(str(series.value("StudyInstanceUID")), []).append(series)
+    chosen = [series for study in studies.values() for series in choose(study, rule)]
+    if not chosen and rule is not None and found.series:
+        select_series(found, rule)  # which tells what there is
+    return [(series_name(s, found.series, keep_identifiers=keep_identifiers), s) for s in chosen]
+
+
+def check_distinct(named: list[tuple[str, Series]]) -> list[tuple[str, Series]]:
+    """`named` with what was found twice, by its folder and by itself say, listed once.
+
+    Raises:
+        CtsegError: if different images have one name.
+    """
+    distinct: dict[str, Series] = {}
+    for name, series in named:
+        if _images(distinct.setdefault(name, series)) != _images(series):
+            raise CtsegError(
+                f"series '{name}' lies in parts in several inputs; give the folder that holds all of it, alone"
+            )
+    return list(distinct.items())
+
+
+def _images(series: Series) -> set[tuple[Path, str | None, int | None]]:
+    return {(one.source.path.resolve(), one.source.member, one.frame) for one in series}

@@ -1,0 +1,79 @@
+"""Reading one CT and writing its mask, whether they are image files or DICOM."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+import ctseg
+from ctseg.codes import Algorithm, structures_of
+from ctseg.engine.model import Model
+from ctseg.files import make_folder
+from ctseg.io.dicom.read import DicomCT, read_series
+from ctseg.io.dicom.rtstruct import write_rtstruct
+from ctseg.io.dicom.seg import write_seg
+from ctseg.io.images import check_ct, read_image, write_labels
+from ctseg.jobs import Job, Options
+from ctseg.volume import Volume
+
+
+@dataclass(frozen=True, eq=False)
+class ReadCase:
+    """A CT in memory.
+
+    Attributes:
+        volume: Hounsfield units.
+        dicom: The series it was made of, None for an image file.
+    """
+
+    volume: Volume
+    dicom: DicomCT | None = None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was odd about a DICOM series, and what was repaired."""
+        if self.dicom is None:
+            return ()
+        repaired = (f"repaired: {finding.text}" for finding in self.dicom.report.repaired)
+        return (*repaired, *(finding.text for finding in self.dicom.report.notes))
+
+
+def read_case(job: Job, options: Options) -> ReadCase:
+    """The CT of a job.
+
+    Raises:
+        ImageError: if it cannot be trusted or is not a CT.
+    """
+    if job.series is None:
+        return ReadCase(read_image(job.image))
+    dicom = read_series(job.series, gaps=options.gaps, tilt=options.tilt)
+    check_ct(dicom.volume, job.image)
+    return ReadCase(dicom.volume, dicom)
+
+
+def write_mask(job: Job, case: ReadCase, mask: NDArray[np.uint8], model: Model, options: Options) -> tuple[str, ...]:
+    """Writes the mask of a job, on the CT's own grid; notes on what its header lacked.
+
+    Raises:
+        ImageError: if the CT does not allow the format that was chosen.
+        OutputError: if the mask cannot be written.
+    """
+    make_folder(job.mask.parent)
+    if case.dicom is None or options.format not in ("dicom-seg", "rtstruct"):
+        write_labels(job.mask, mask, case.volume.geometry)
+        return ()
+    structures = structures_of(model.recipe)
+    algorithm = Algorithm(name=model.recipe.name, version=ctseg.__version__, model=model.sha256[:16])
+    if options.format == "rtstruct":
+        return write_rtstruct(job.mask, case.dicom, mask, structures, algorithm)
+    return write_seg(
+        job.mask,
+        case.dicom,
+        mask,
+        structures,
+        algorithm,
+        seg_type=options.seg_type,
+        keep_empty_frames=options.keep_empty_frames,
+    )
