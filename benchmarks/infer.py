@@ -1,25 +1,31 @@
 """`ctseg` against MONAI's stock chain: one CT, one checkpoint, stage by stage, each in a fresh process.
 
     python benchmarks/infer.py --model runs/spleen-001 [--volume CT.nii.gz ...] [--repetitions 5]
+        [--backend torch openvino ...] [--precision float32 bfloat16 ...]
 
 The stock chain is the one of MONAI's bundles: LoadImage, EnsureChannelFirst, Orientation, Spacing,
 ScaleIntensityRange, SlidingWindowInferer, softmax, Invert (linear), argmax, SaveImage. Without --volume made CTs of
-512 x 512 x 120 and 512 x 512 x 400 are used. Printed: median seconds of each stage with their spread, peak memory of
-the process, ratios pair by pair, and the Dice between the two masks.
+512 x 512 x 120 and 512 x 512 x 400 are used. One line for each backend in each precision that it has: seconds of the
+whole process with their spread, peak memory of the process, ratios to stock pair by pair, seconds of a cold run, which
+finds the cache of compiled networks empty and chooses, builds and compiles, the median seconds of each stage of a warm
+one, and how the mask agrees with stock's. All files are in the system's cache.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import os
 import statistics
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from timing import Run, in_turn, machine, ratios, spread
+from timing import Run, in_turn, machine, ratios, run, spread
 
 STAGES = ("import", "load model", "read", "prepare", "network", "back to native grid", "write")
 MADE_SLICES = (120, 400)
@@ -39,7 +45,18 @@ class Clock:
         self._last = now
 
 
-def run_ctseg(checkpoint: Path, volume: Path, mask: Path, precision: str) -> dict[str, float]:
+@dataclass(frozen=True)
+class Column:
+    """One way of running ctseg."""
+
+    backend: str
+    precision: str
+
+    def __str__(self) -> str:
+        return f"{self.backend} {self.precision}"
+
+
+def run_ctseg(checkpoint: Path, volume: Path, mask: Path, column: Column) -> dict[str, float]:
     """ctseg's path, the same functions in the same order as `ctseg infer`, with a clock between them."""
     clock = Clock()
     from ctseg.engine.model import load_model
@@ -49,7 +66,7 @@ def run_ctseg(checkpoint: Path, volume: Path, mask: Path, precision: str) -> dic
     from ctseg.preprocess import prepare, restore
 
     clock.lap("import")
-    model = load_model(checkpoint, start_runtime("cpu", precision))
+    model = load_model(checkpoint, start_runtime("cpu", column.precision), column.backend)
     clock.lap("load model")
     image = read_image(volume)
     clock.lap("read")
@@ -71,15 +88,16 @@ def run_stock(checkpoint: Path, volume: Path, mask: Path) -> dict[str, float]:
     import torch
     from monai.data.meta_tensor import MetaTensor
     from monai.inferers.inferer import SlidingWindowInferer
-    from monai.networks.nets.unet import UNet
+
+    from ctseg.networks import network_for
+    from ctseg.recipe import recipe_from_dict
 
     clock.lap("import")
     content = torch.load(checkpoint, weights_only=True)
     recipe = content["recipe"]
     spec, window = recipe["preprocess"], recipe["inference"]
-    net = {k: recipe["network"][k] for k in ("channels", "strides", "num_res_units", "norm")}
-    network = UNet(spatial_dims=3, in_channels=1, out_channels=len(recipe["labels"]) + 1, **net).eval()
-    network.load_state_dict(content["model"])
+    network = network_for(recipe_from_dict(recipe, "checkpoint")).eval()  # a class of MONAI's with the recipe's numbers
+    network.load_state_dict(content.get("average") or content["model"])
     inferer = SlidingWindowInferer(window["window_size"], window["batch_windows"], window["overlap"])
     clock.lap("load model")
     load = mt.Compose([mt.LoadImaged("image"), mt.EnsureChannelFirstd("image")])
@@ -114,19 +132,22 @@ def run_stock(checkpoint: Path, volume: Path, mask: Path) -> dict[str, float]:
     return clock.seconds
 
 
-def compare(checkpoint: Path, volume: Path, repetitions: int, precision: str) -> None:
-    """Runs both in turn on one volume and prints the table."""
+def compare(checkpoint: Path, volume: Path, repetitions: int, columns: list[Column]) -> None:
+    """Runs stock and all columns in turn on one volume and prints the table."""
     with tempfile.TemporaryDirectory() as folder:
-        ours, stock = Path(folder) / "ctseg.nii.gz", Path(folder) / "stock" / "mask.nii.gz"
+        stock = Path(folder) / "stock" / "mask.nii.gz"
         stock.parent.mkdir()
         common = [sys.executable, __file__, "--model", str(checkpoint), "--volume", str(volume)]
-        commands = {
-            "stock": [*common, "--worker", "stock", "--mask", str(stock)],
-            "ctseg": [*common, "--worker", "ctseg", "--mask", str(ours), "--precision", precision],
-        }
+        commands = {"stock": [*common, "--worker", "stock", "--mask", str(stock)]}
+        for column in columns:
+            how = ["--backend", column.backend, "--precision", column.precision]
+            mask = Path(folder) / f"{column}.nii.gz"
+            commands[str(column)] = [*common, "--worker", "ctseg", "--mask", str(mask), *how]
+        cold = {str(column): run([*commands[str(column)], "--cold"]).seconds for column in columns}
         results = in_turn(commands, repetitions)
-        agreement = _agreement(ours, next(stock.parent.iterdir()))
-    _print_table(volume, results, agreement)
+        reference = next(stock.parent.iterdir())
+        agreements = {str(c): _agreement(Path(folder) / f"{c}.nii.gz", reference) for c in columns}
+    _print_table(volume, results, cold, agreements)
 
 
 def _agreement(ours: Path, stock: Path) -> str:
@@ -137,20 +158,28 @@ def _agreement(ours: Path, stock: Path) -> str:
     a, b = read_labels(ours).array, read_labels(stock).array
     total = int(np.count_nonzero(a)) + int(np.count_nonzero(b))
     dice = 2 * int(np.count_nonzero((a > 0) & (b > 0))) / total if total else 1.0
-    return f"masks: {int(np.count_nonzero(b))} voxels, Dice {dice:.6f}, {int(np.count_nonzero(a != b))} voxels differ"
+    return f"Dice {dice:.6f}, {int(np.count_nonzero(a != b))} of {int(np.count_nonzero(b))} voxels differ"
 
 
-def _print_table(volume: Path, results: dict[str, list[Run]], agreement: str) -> None:
-    stock, ours = results["stock"], results["ctseg"]
+def _print_table(
+    volume: Path, results: dict[str, list[Run]], cold: dict[str, float], agreements: dict[str, str]
+) -> None:
+    stock = results["stock"]
     print(f"\n{volume.name}")
-    print(f"{'':22}{'stock':>26}{'ctseg':>26}   ratio")
-    rows = [(stage, [r.printed[stage] for r in stock], [r.printed[stage] for r in ours]) for stage in STAGES]
-    rows.append(("whole process, s", [r.seconds for r in stock], [r.seconds for r in ours]))
-    rows.append(("peak memory, MB", [r.peak_mb for r in stock], [r.peak_mb for r in ours]))
-    for name, a, b in rows:
-        digits = 0 if "MB" in name else 2
-        print(f"{name:22}{spread(a, digits):>26}{spread(b, digits):>26}   {statistics.median(ratios(a, b)):.1f}x")
-    print(agreement)
+    print(f"{'':20}{'whole process, s':>25}{'ratio':>7}{'cold, s':>9}{'peak memory, MB':>25}{'ratio':>7}")
+    for name, runs in results.items():
+        seconds, peaks = ([getattr(r, field) for r in runs] for field in ("seconds", "peak_mb"))
+        faster = statistics.median(ratios([r.seconds for r in stock], seconds))
+        smaller = statistics.median(ratios([r.peak_mb for r in stock], peaks))
+        first = f"{cold[name]:.2f}" if name in cold else "-"
+        print(f"{name:20}{spread(seconds):>25}{faster:>6.1f}x{first:>9}{spread(peaks, 0):>25}{smaller:>6.1f}x")
+    print(f"{'median s of':20}" + "".join(f"{stage:>{max(len(stage) + 2, 9)}}" for stage in STAGES))
+    for name, runs in results.items():
+        medians = [(stage, statistics.median(r.printed[stage] for r in runs)) for stage in STAGES]
+        print(f"{name:20}" + "".join(f"{value:>{max(len(stage) + 2, 9)}.2f}" for stage, value in medians))
+    for name, agreement in agreements.items():
+        print(f"{name:20} mask against stock's: {agreement}")
+    sys.stdout.flush()
 
 
 def _made_volumes(folder: Path) -> list[Path]:
@@ -167,27 +196,52 @@ def _made_volumes(folder: Path) -> list[Path]:
     return paths
 
 
+def _columns(backends: list[str], precisions: list[str]) -> list[Column]:
+    """Every backend that is installed in every precision that it has on this CPU."""
+    from ctseg.engine.compiled import check_backend
+    from ctseg.engine.runtime import start_runtime
+    from ctseg.errors import DeviceError
+
+    columns = []
+    for backend, precision in itertools.product(backends, precisions):
+        try:
+            check_backend(backend, start_runtime("cpu", precision))
+        except DeviceError as error:
+            print(f"left out: {error}")
+        else:
+            columns.append(Column(backend, precision))
+    return columns
+
+
 def main() -> None:
     """Parses the command line; a worker prints its stage times as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="as for `ctseg infer`; a checkpoint in the end")
     parser.add_argument("--volume", type=Path, nargs="*", default=[])
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--backend", nargs="+", default=["torch", "openvino"])
+    parser.add_argument("--precision", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--worker", choices=("stock", "ctseg"), help=argparse.SUPPRESS)
     parser.add_argument("--mask", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--cold", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker == "stock":
         print(json.dumps(run_stock(Path(options.model), options.volume[0], options.mask)))
     elif options.worker == "ctseg":
-        print(json.dumps(run_ctseg(Path(options.model), options.volume[0], options.mask, options.precision)))
+        with tempfile.TemporaryDirectory() as empty:
+            if options.cold:
+                os.environ["CTSEG_CACHE"] = empty
+            column = Column(options.backend[0], options.precision[0])
+            print(json.dumps(run_ctseg(Path(options.model), options.volume[0], options.mask, column)))
     else:
         from ctseg.workspace import resolve_model
 
         print(machine())
+        columns = _columns(options.backend, options.precision)
         with tempfile.TemporaryDirectory() as folder:
+            os.environ["CTSEG_CACHE"] = folder  # filled by the round that is not counted
             for volume in options.volume or _made_volumes(Path(folder)):
-                compare(resolve_model(options.model), volume, options.repetitions, options.precision)
+                compare(resolve_model(options.model), volume, options.repetitions, columns)
 
 
 if __name__ == "__main__":

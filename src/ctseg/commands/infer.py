@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ctseg.commands.common import (
+    BackendOption,
     DeviceOption,
     GapsOption,
     JsonFlag,
@@ -63,6 +64,7 @@ def infer(
     ] = None,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
+    backend: BackendOption = "auto",
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
@@ -91,8 +93,8 @@ def infer(
         stop_on_signal() as stop_requested,
         make_progress(quiet) as progress,
     ):
-        loaded = load_model(path, runtime)
-        progress.note(f"model {path} on {runtime.describe()}{_part(part)}")
+        loaded = load_model(path, runtime, backend, progress.note)
+        progress.note(f"model {path} on {runtime.describe()}, {loaded.backend}{_part(part)}")
         outcomes = run(
             loaded, jobs, output, progress, options=options, shard=part, stop_requested=stop_requested, **flags
         )

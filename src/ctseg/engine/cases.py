@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 import ctseg
-from ctseg.codes import Algorithm, structures_of
 from ctseg.engine.model import Model
 from ctseg.files import make_folder
-from ctseg.io.dicom.read import DicomCT, read_series
-from ctseg.io.dicom.rtstruct import write_rtstruct
-from ctseg.io.dicom.seg import write_seg
 from ctseg.io.images import check_ct, read_image, write_labels
 from ctseg.jobs import Job, Options
 from ctseg.volume import Volume
+
+if TYPE_CHECKING:
+    from ctseg.io.dicom.read import DicomCT
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +48,8 @@ def read_case(job: Job, options: Options) -> ReadCase:
     """
     if job.series is None:
         return ReadCase(read_image(job.image))
+    from ctseg.io.dicom.read import read_series
+
     dicom = read_series(job.series, gaps=options.gaps, tilt=options.tilt)
     check_ct(dicom.volume, job.image)
     return ReadCase(dicom.volume, dicom)
@@ -64,6 +66,10 @@ def write_mask(job: Job, case: ReadCase, mask: NDArray[np.uint8], model: Model, 
     if case.dicom is None or options.format not in ("dicom-seg", "rtstruct"):
         write_labels(job.mask, mask, case.volume.geometry)
         return ()
+    from ctseg.codes import Algorithm, structures_of
+    from ctseg.io.dicom.rtstruct import write_rtstruct
+    from ctseg.io.dicom.seg import write_seg
+
     structures = structures_of(model.recipe)
     algorithm = Algorithm(name=model.recipe.name, version=ctseg.__version__, model=model.sha256[:16])
     if options.format == "rtstruct":

@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ctseg.engine.backends import Forward as Forward
+from ctseg.engine.backends.onnx import forward_of_session, open_session
 from ctseg.engine.checkpoint import file_sha256, read_checkpoint
+from ctseg.engine.compiled import check_backend, compiled_network
 from ctseg.engine.runtime import Runtime
-from ctseg.errors import ModelError
+from ctseg.errors import DeviceError, ModelError
 from ctseg.networks import fold_for_inference, network_for
 from ctseg.recipe import RECIPE_ENTRY, Recipe, recipe_from_dict
 
-Forward = Callable[[Tensor], Tensor]
-"""image_BCXYZ float32 -> logits_BCXYZ float32, without gradients."""
+Reader = Callable[[Path, Runtime], tuple[Recipe, Forward]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,21 +33,46 @@ class Model:
     runtime: Runtime
     path: Path
     sha256: str
+    backend: str = "torch"
 
 
-def load_model(path: Path, runtime: Runtime) -> Model:
+def load_model(
+    path: Path, runtime: Runtime, backend: str | None = None, note: Callable[[str], None] = lambda _: None
+) -> Model:
     """The model in a checkpoint (`.pt`), a TorchScript file (`.ts`) or an ONNX file (`.onnx`).
+
+    A checkpoint runs on any backend; on a CPU its compiled network is kept in the cache, see `ctseg.engine.compiled`.
+    An exported file runs on the one it was made for.
+
+    Args:
+        path: The file.
+        runtime: Device and precision.
+        backend: torch, onnxruntime, openvino, or auto: the one that is fastest for a checkpoint on this CPU. None is
+            torch for a checkpoint.
+        note: Told when the network has to be compiled first, which takes seconds.
 
     Raises:
         ModelError: if the file cannot be read, is not from ctseg, or does not fit its own recipe.
+        DeviceError: if the backend is not to be had here, or not for this file.
     """
-    readers = {".pt": _from_checkpoint, ".ts": _from_torchscript, ".onnx": _from_onnx}
-    reader = readers.get(path.suffix)
-    if reader is None:
+    readers: dict[str, tuple[str, Reader]] = {
+        ".pt": ("torch", _from_checkpoint),
+        ".ts": ("torch", _from_torchscript),
+        ".onnx": ("onnxruntime", _from_onnx),
+    }
+    if path.suffix not in readers:
         raise ModelError(f"model '{path}': unknown kind of file; known: {', '.join(readers)}")
+    own, reader = readers[path.suffix]
+    if path.suffix == ".pt":
+        check_backend(backend or own, runtime)
+    elif backend not in (None, "auto", own):
+        raise DeviceError(f"backend '{backend}': a {path.suffix} file runs on {own} only; name its checkpoint")
     sha256 = file_sha256(path)
+    if path.suffix == ".pt" and runtime.device.type == "cpu":
+        found = compiled_network(sha256, lambda: load_network(path), runtime, backend or own, note)
+        return Model(found.recipe, found.forward, runtime, path, sha256, found.backend)
     recipe, forward = reader(path, runtime)
-    return Model(recipe, forward, runtime, path, sha256)
+    return Model(recipe, forward, runtime, path, sha256, own)
 
 
 def forward_of(network: nn.Module, runtime: Runtime) -> Forward:
@@ -94,27 +121,12 @@ def _from_torchscript(path: Path, runtime: Runtime) -> tuple[Recipe, Forward]:
 
 
 def _from_onnx(path: Path, runtime: Runtime) -> tuple[Recipe, Forward]:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
-    cuda = runtime.device.type == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers()
-    on_gpu = ("CUDAExecutionProvider", {"device_id": runtime.device.index or 0})
-    providers = [on_gpu] if cuda else ["CPUExecutionProvider"]
     try:
-        # From bytes, not from the path: a model of a stranger cannot name further files then.
-        session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=providers)
+        session = open_session(path.read_bytes(), runtime)
     except Exception as error:  # onnxruntime raises its own classes, derived from Exception alone
         raise ModelError(f"model '{path}': not a readable ONNX file") from error
     recipe = _recipe_entry(session.get_modelmeta().custom_metadata_map.get(RECIPE_ENTRY, ""), path)
-    name = session.get_inputs()[0].name
-
-    def forward(image_BCXYZ: Tensor) -> Tensor:
-        (logits,) = session.run(None, {name: image_BCXYZ.cpu().contiguous().numpy()})
-        return torch.from_numpy(logits).to(runtime.device)
-
-    return recipe, forward
+    return recipe, forward_of_session(session, runtime)
 
 
 def _recipe_entry(text: str | bytes, path: Path) -> Recipe:

@@ -1,0 +1,75 @@
+"""onnxruntime: the network as an ONNX model, in float32 on a CPU."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ctseg.engine.backends import Forward, Window, one_by_one
+from ctseg.engine.runtime import Runtime
+
+LIBRARY = "onnxruntime"
+PRECISIONS: tuple[str, ...] = ("float32",)
+OPSET = 18
+
+
+def compile_network(network: nn.Module, window: Window, runtime: Runtime) -> bytes:
+    """The network as ONNX."""
+    network.eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # stubs lack it
+    content: bytes = to_onnx(network, torch.zeros((1, 1, *window))).SerializeToString()
+    return content
+
+
+def load(content: bytes, window: Window, runtime: Runtime) -> Forward:
+    """What `compile_network` made, ready to run."""
+    return one_by_one(forward_of_session(open_session(content, runtime), runtime), window)
+
+
+def to_onnx(network: nn.Module, example: Tensor) -> Any:
+    """The network as an `onnx.ModelProto`, input "image", output "logits", for any number of windows."""
+    # It reports that torchvision, which no network here uses, is not installed.
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's notices are for developers
+        program = torch.onnx.export(
+            network,
+            (example,),
+            input_names=["image"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None  # it is, with dynamo=True
+    return program.model_proto
+
+
+def open_session(content: bytes, runtime: Runtime) -> Any:
+    """An onnxruntime session on the runtime's device.
+
+    From bytes, not from a path: a model of a stranger cannot name further files then.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    cuda = runtime.device.type == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    on_gpu = ("CUDAExecutionProvider", {"device_id": runtime.device.index or 0})
+    return onnxruntime.InferenceSession(content, options, providers=[on_gpu] if cuda else ["CPUExecutionProvider"])
+
+
+def forward_of_session(session: Any, runtime: Runtime) -> Forward:
+    """The session as a function of tensors on the runtime's device."""
+    name = session.get_inputs()[0].name
+
+    def forward(image_BCXYZ: Tensor) -> Tensor:
+        (logits,) = session.run(None, {name: image_BCXYZ.cpu().contiguous().numpy()})
+        return torch.from_numpy(logits).to(runtime.device)
+
+    return forward

@@ -1,0 +1,63 @@
+"""OpenVINO: the network as compiled for this CPU, all cores at one window, in float32 or bfloat16."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ctseg.engine.backends import Forward, Window, one_by_one
+from ctseg.engine.backends.torchscript import trace
+from ctseg.engine.runtime import Runtime
+
+LIBRARY = "openvino"
+PRECISIONS: tuple[str, ...] = ("float32", "bfloat16")
+HINTS = {"float32": "f32", "bfloat16": "bf16"}
+
+
+def compile_network(network: nn.Module, window: Window, runtime: Runtime) -> bytes:
+    """The network as OpenVINO keeps it, for windows of this size."""
+    openvino = _import_openvino()
+    from openvino.frontend import FrontEndManager
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
+    network.eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # stubs lack it
+    frontend = FrontEndManager().load_by_framework("pytorch")
+    decoder = TorchScriptPythonDecoder(trace(network, window, torch.contiguous_format))  # must outlive the conversion
+    model = frontend.convert(frontend.load(decoder))
+    model.reshape([1, 1, *window])
+    compiled = openvino.Core().compile_model(model, "CPU", _settings(runtime))
+    content: bytes = compiled.export_model().getvalue()
+    return content
+
+
+def load(content: bytes, window: Window, runtime: Runtime) -> Forward:
+    """What `compile_network` made, ready to run."""
+    compiled = _import_openvino().Core().import_model(content, "CPU", _settings(runtime))
+    request = compiled.create_infer_request()
+
+    def run(image_BCXYZ: Tensor) -> Tensor:
+        (logits,) = request.infer({0: image_BCXYZ.contiguous().numpy()}, share_inputs=True).values()
+        return torch.from_numpy(logits)
+
+    return one_by_one(run, window)
+
+
+def _settings(runtime: Runtime) -> dict[str, Any]:
+    """One window at a time on this process's share of the CPUs; not pinned, as its neighbours' would be to the same."""
+    return {
+        "INFERENCE_PRECISION_HINT": HINTS[runtime.precision],
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "ENABLE_CPU_PINNING": False,
+    }
+
+
+def _import_openvino() -> Any:
+    """The package without its telemetry, which would report every import to its makers; it can do without."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # None: importing it fails
+    import openvino
+
+    return openvino

@@ -1,0 +1,144 @@
+"""Every backend gives the eager network's answer, for every kind of network and in every precision it has."""
+
+import itertools
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ctseg.engine.backends import Backend, onnx, openvino, torchscript
+from ctseg.engine.compiled import is_installed
+from ctseg.engine.model import forward_of, load_model, load_network
+from ctseg.engine.predict import predict
+from ctseg.engine.runtime import Runtime
+from ctseg.networks import fold_for_inference, network_for
+from ctseg.recipe import Recipe, load_recipe
+from ctseg.sources.phantom import centered_grid, make_phantom
+
+needs_openvino = pytest.mark.skipif(not is_installed("openvino"), reason="OpenVINO is not installed")
+BACKENDS = [
+    pytest.param(torchscript, id="torch"),
+    pytest.param(onnx, id="onnxruntime"),
+    pytest.param(openvino, id="openvino", marks=needs_openvino),
+]
+NETWORKS = {
+    "unet": ("spleen:small", [], (16, 32, 24)),
+    "unet_instance_norm": ("spleen:small", ["network.norm=instance"], (16, 32, 24)),
+    "unet_three_classes": ("spleen:small", ["labels.2=liver"], (16, 16, 16)),
+    "ahnet": ("lung:small", [], (64, 32, 32)),
+    "ahnet_transpose": ("lung:small", ["network.upsample_mode=transpose"], (32, 32, 32)),
+    "segresnet": ("bone_lesion:small", ["network.dropout_prob=0.1"], (16, 24, 32)),
+}
+
+
+@pytest.fixture(scope="module")
+def made_network() -> Callable[[str], tuple[Recipe, nn.Module]]:
+    """A function that makes a network whose batch statistics are not a fresh network's."""
+
+    def make(name: str) -> tuple[Recipe, nn.Module]:
+        recipe = load_recipe(*NETWORKS[name][:2])
+        torch.manual_seed(2)
+        network = network_for(recipe).train()
+        with torch.no_grad():
+            network(torch.rand(2, 1, *NETWORKS[name][2]))
+        return recipe, network.eval()
+
+    return make
+
+
+def dice(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
+    return 2 * np.count_nonzero(a & b) / (np.count_nonzero(a) + np.count_nonzero(b))
+
+
+def windows(size: tuple[int, int, int], number: int = 1) -> Tensor:
+    return torch.rand((number, 1, *size), generator=torch.Generator().manual_seed(1))
+
+
+def pairs() -> Iterator[object]:
+    """Every network on every backend; to export to ONNX takes so long that most of these pairs are slow tests."""
+    for backend, name in itertools.product(BACKENDS, NETWORKS):
+        slow = backend.id == "onnxruntime" and name not in ("unet", "segresnet")
+        marks = [*backend.marks, *([pytest.mark.slow] if slow else [])]
+        yield pytest.param(*backend.values, name, id=f"{backend.id}-{name}", marks=marks)
+
+
+@pytest.mark.parametrize(("backend", "name"), list(pairs()))
+def test_float32_is_the_eager_networks_answer(
+    backend: Backend, name: str, made_network: Callable[[str], tuple[Recipe, nn.Module]], cpu: Runtime
+) -> None:
+    _, network = made_network(name)
+    size = NETWORKS[name][2]
+    image = windows(size, 2)
+    with torch.inference_mode():
+        wanted = network(image)
+    forward = backend.load(backend.compile_network(fold_for_inference(network), size, cpu), size, cpu)
+    got = forward(image)
+    assert got.dtype == torch.float32
+    assert got.shape == wanted.shape
+    assert not got.requires_grad
+    assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    assert torch.equal(forward(image[1:]), got[1:])
+    assert torch.equal(forward(image), got)  # later calls do not write into what earlier ones gave
+
+
+@pytest.mark.parametrize("name", ["unet", "ahnet", "segresnet"])
+@pytest.mark.parametrize("backend", [BACKENDS[0], BACKENDS[2]])
+def test_bfloat16_is_close_to_float32_and_not_the_same(
+    backend: Backend, name: str, made_network: Callable[[str], tuple[Recipe, nn.Module]]
+) -> None:
+    _, network = made_network(name)
+    size = NETWORKS[name][2]
+    with torch.inference_mode():
+        wanted = network(windows(size))
+    runtime = Runtime(torch.device("cpu"), torch.bfloat16)
+    forward = backend.load(backend.compile_network(fold_for_inference(network), size, runtime), size, runtime)
+    got = forward(windows(size))
+    assert got.dtype == torch.float32
+    difference = (got - wanted).abs().max() / wanted.abs().max()
+    assert 1e-5 < difference < 0.2
+
+
+@pytest.mark.parametrize("backend", [BACKENDS[0], BACKENDS[2]])
+def test_windows_of_another_size_are_a_bug(
+    backend: Backend, made_network: Callable[[str], tuple[Recipe, nn.Module]], cpu: Runtime
+) -> None:
+    _, network = made_network("unet")
+    forward = backend.load(backend.compile_network(network, (16, 16, 16), cpu), (16, 16, 16), cpu)
+    with pytest.raises(AssertionError, match="compiled for windows of"):
+        forward(windows((16, 16, 24)))
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("openvino", marks=needs_openvino)])
+def test_masks_of_a_trained_network_agree(tiny_checkpoint: Path, cpu: Runtime, backend: str) -> None:
+    """Organs of 5 000 to 10 000 voxels; reduced precision moves the border of larger ones by less."""
+    reduced = Runtime(torch.device("cpu"), torch.bfloat16)
+    eager = load_model(tiny_checkpoint, cpu)
+    eager = replace(eager, forward=forward_of(load_network(tiny_checkpoint)[1], cpu))
+    exact, close = load_model(tiny_checkpoint, cpu, backend), load_model(tiny_checkpoint, reduced, backend)
+    for index in (0, 4):
+        grid = centered_grid((160, 134, 100), (1.5, 1.5, 1.5), "LPS")
+        image = make_phantom(7, index, grid=grid).image
+        wanted = predict(eager, image)
+        assert np.count_nonzero(wanted) > 5000
+        assert dice(predict(exact, image), wanted) > 0.9999
+        assert 0.997 < dice(predict(close, image), wanted) < 1
+
+
+@needs_openvino
+def test_openvino_is_imported_without_its_telemetry(tmp_path: Path) -> None:
+    """It would write an identifier to the home and report the import to its makers."""
+    program = """
+import sys
+from ctseg.engine.backends.openvino import _import_openvino
+_import_openvino().Core()
+assert not [name for name, module in sys.modules.items() if name.startswith("openvino_telemetry") and module]
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, env={"HOME": str(tmp_path)}, timeout=60)
+    assert list(tmp_path.iterdir()) == []
