@@ -77,7 +77,7 @@ def test_columns_in_any_order_and_case_and_quoted_separators(tmp_path: Path):
         ),
         ("image,label,image\n", ["column 'image' stands 2 times"]),
         ("image,split\na.nii,train\n", [
-            "row 2: split: expected one of training, validation, testing, test, got 'train'",
+            "row 2: split: expected one of training, validation, testing, test",
         ]),
         ("image,label\n,b.nii\na.nii,b.nii,c.nii\n", [
             "row 2: image is empty", "row 3: 3 cells, but the header has 2; quote the separator",
@@ -153,7 +153,12 @@ def test_everything_unmatched_in_a_folder_is_told_at_once(tmp_path: Path):
 
 def test_a_folder_without_images(tmp_path: Path):
     (tmp_path / "imagesTr").mkdir()
-    assert problems(tmp_path) == ["no cases; expected at least one of the keys training, validation, testing, test"]
+    assert problems(tmp_path) == ["imagesTr holds no images (.nii.gz, .nii, .nrrd, .mha)"]
+
+
+def test_two_images_for_one_label(tmp_path: Path):
+    touch(tmp_path, "images/a.nii.gz", "images/a_0000.nii.gz", "labels/a.nii.gz")
+    assert problems(tmp_path) == ["two images for labels/a.nii.gz, the second is images/a_0000.nii.gz; remove one"]
 
 
 def test_a_folder_named_in_any_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

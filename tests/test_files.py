@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ctseg.errors import OutputError
-from ctseg.files import atomic_path, make_folder, output_errors, write_csv, write_json, write_text
+from ctseg.files import atomic_folder, atomic_path, make_folder, output_errors, write_csv, write_json, write_text
 
 
 def test_success_replaces_the_old_file_and_leaves_nothing_else(tmp_path: Path):
@@ -128,3 +128,52 @@ def test_names_that_are_no_text(tmp_path: Path):
     assert (tmp_path / "a.csv").read_bytes() == b"image\r\ncaf\\udce9.nii\r\n"
     assert b"caf\\udce9.nii" in (tmp_path / "a.json").read_bytes()
     assert (tmp_path / "a.txt").read_bytes() == b"caf\\udce9.nii"
+
+
+def test_a_folder_is_replaced_whole_or_stays(tmp_path: Path):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    with atomic_folder(folder) as temporary:
+        (temporary / "old").touch()
+    with pytest.raises(OutputError, match="not an empty folder"), atomic_folder(folder):
+        pass
+
+    def fail() -> None:
+        with atomic_folder(folder, replace=True) as temporary:
+            (temporary / "half").touch()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert [path.name for path in folder.iterdir()] == ["old"]
+    with atomic_folder(folder, replace=True) as temporary:
+        (temporary / "new").touch()
+        assert (folder / "old").exists(), "until the new one is whole"
+    assert [path.name for path in folder.iterdir()] == ["new"]
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_folder_that_cannot_be_exchanged_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / "old").touch()
+    rename = Path.rename
+
+    def refuse(path: Path, target: Path) -> Path:
+        if path.suffix == ".tmp":
+            raise PermissionError(13, "not allowed")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(OutputError, match="not allowed"), atomic_folder(folder, replace=True) as temporary:
+        (temporary / "new").touch()
+    assert [path.name for path in folder.iterdir()] == ["old"]
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_file_or_a_link_is_no_folder_to_replace(tmp_path: Path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path)
+    for name in ("file", "link"):
+        with pytest.raises(OutputError, match="name another one"), atomic_folder(tmp_path / name, replace=True):
+            pass

@@ -63,9 +63,34 @@ def test_two_users_have_different_keys(config: Path) -> None:
 
 
 def test_a_key_from_the_surroundings_comes_first(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(KEY_VARIABLE, "shared by the department")
-    assert pseudonym_key() == b"shared by the department"
+    monkeypatch.setenv(KEY_VARIABLE, "shared by the whole department: " + "k" * 20)
+    assert pseudonym_key() == b"shared by the whole department: kkkkkkkkkkkkkkkkkkkk"
     assert not config.exists()
+
+
+@pytest.mark.parametrize("length", [1, 31])
+def test_a_key_that_could_be_guessed_is_refused_wherever_it_stands(
+    config: Path, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    config.mkdir(parents=True)
+    (config / "pseudonym.key").write_text("k" * length)
+    with pytest.raises(CtsegError, match=f"expected at least 32 characters, got {length};"):
+        pseudonym_key()
+    monkeypatch.setenv(KEY_VARIABLE, "k" * length)
+    with pytest.raises(CtsegError, match=f"^{KEY_VARIABLE}: expected at least 32 characters, got {length};"):
+        pseudonym_key()
+    monkeypatch.setenv(KEY_VARIABLE, "k" * 32)
+    assert pseudonym_key() == b"k" * 32
+
+
+def test_a_user_without_a_home_is_told_what_to_set(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: object) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CONFIG_HOME")
+    monkeypatch.setattr(Path, "home", unknown)
+    with pytest.raises(CtsegError, match=f"no home folder; set {KEY_VARIABLE} or XDG_CONFIG_HOME"):
+        pseudonym_key()
 
 
 @pytest.mark.parametrize("content", [b"", b"short", b"\xff" * 64])

@@ -1,5 +1,6 @@
 """Run folders: numbering, the newest, and what a `--model` means."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -54,6 +55,18 @@ def test_started_run_gives_back_recipe_and_cases(tiny_recipe: Recipe, tiny_manif
     with pytest.raises(CtsegError, match="'deep/run' already holds a run; continue it with --resume or choose"):
         start_run(Path("deep/run"), load_recipe("spleen"), tiny_manifest)
     assert run_recipe(Path("deep/run")) == tiny_recipe
+
+
+def test_start_run_where_nothing_can_be_locked(
+    tiny_recipe: Recipe, tiny_manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+):
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("ctseg.workspace.fcntl.flock", no_locks)
+    with pytest.raises(OutputError, match=r"cannot write 'runs/x': No locks available; .* another output folder"):
+        start_run(Path("runs/x"), tiny_recipe, tiny_manifest)
+    assert not (Path("runs/x") / RECIPE_FILE).exists()
 
 
 def test_start_run_where_a_file_is(tiny_recipe: Recipe, tiny_manifest: Manifest):

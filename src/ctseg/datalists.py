@@ -62,7 +62,9 @@ def _read_text(path: Path) -> str:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             raise ManifestError(f"manifest '{path}': larger than {MAX_MANIFEST_BYTES >> 20} MiB, not a data list")
         return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ManifestError(f"manifest '{path}': cannot be read: {error}; save it as UTF-8") from error
+    except OSError as error:
         raise ManifestError(f"manifest '{path}': cannot be read: {error}") from error
 
 
@@ -92,7 +94,7 @@ def _read_csv(text: str, path: Path) -> dict[str, list[dict[str, Any]]]:
         if "image" not in entry:
             problems.append(f"row {number}: image is empty")
         if split not in SPLITS:
-            problems.append(f"row {number}: split: expected one of {', '.join(SPLITS)}, got '{split:.80}'")
+            problems.append(f"row {number}: split: expected one of {', '.join(SPLITS)}")
         if "weight" in entry:
             entry["weight"] = _number(entry["weight"])
         splits[split].append(entry)
@@ -136,6 +138,8 @@ def _read_folder(path: Path) -> dict[str, Any]:
     problems: list[str] = []
     training = _pairs(path, images, labels, problems)
     problems += [f"no label for {e['image']}: expected {labels}/NAME" for e in training if "label" not in e]
+    if not training:
+        problems.append(f"{images} holds no images ({', '.join(IMAGE_SUFFIXES)})")
     others = _pairs(path, "imagesTs", "labelsTs", problems) if images == "imagesTr" else []
     if problems:
         raise ManifestError(list_problems(f"folder '{path}'", problems))
@@ -161,6 +165,8 @@ def _pairs(path: Path, images: str, labels: str, problems: list[str]) -> list[di
         if stem not in labels_by_stem and stem.endswith(_FIRST_CHANNEL):
             stem = stem.removesuffix(_FIRST_CHANNEL)
         label = labels_by_stem.get(stem)
+        if stem in used and label:
+            problems.append(f"two images for {labels}/{label}, the second is {images}/{name}; remove one")
         used.add(stem)
         entries.append({"image": f"{images}/{name}", **({"label": f"{labels}/{label}"} if label else {})})
     lonely = [name for stem, name in labels_by_stem.items() if stem not in used]

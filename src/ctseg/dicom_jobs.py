@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ctseg.errors import CtsegError
-from ctseg.privacy import without_uids
 from ctseg.progress import Progress
 
 if TYPE_CHECKING:
+    from ctseg.io.dicom.read import Found
     from ctseg.io.dicom.series import Series
 
 _DICOM_MARK = b"DICM"
 _ZIP_MARK = b"PK\x03\x04"
 _SHOWN_REJECTED = 5
+
+
+@dataclass(frozen=True)
+class ChosenSeries:
+    """The CT series that are meant.
+
+    Attributes:
+        named: The name of each, and itself.
+        rejected: (name, reason) of each DICOM file that cannot be used.
+    """
+
+    named: list[tuple[str, Series]]
+    rejected: tuple[tuple[str, str], ...]
 
 
 def is_dicom_or_zip(path: Path) -> bool:
@@ -29,9 +43,7 @@ def is_dicom_or_zip(path: Path) -> bool:
     return start[128:] == _DICOM_MARK or start[:4] == _ZIP_MARK
 
 
-def find_ct_series(
-    path: Path, rule: str | None, progress: Progress, *, keep_identifiers: bool
-) -> list[tuple[str, Series]]:
+def find_ct_series(path: Path, rule: str | None, progress: Progress, *, keep_identifiers: bool) -> ChosenSeries:
     """The CT series in a folder, zip archive or file, and the name of each: all, or those that `rule` leaves.
 
     The rule is asked for each study by itself, so that `thinnest` means the thinnest of every study.
@@ -46,17 +58,25 @@ def find_ct_series(
 
     choose([], rule)  # a wrong rule is told before the search
     found = find_series([path], progress)
-    for name, reason in found.rejected[:_SHOWN_REJECTED]:
-        progress.note(f"left out '{name if keep_identifiers else without_uids(name)}': {reason}")
-    if len(found.rejected) > _SHOWN_REJECTED:
-        progress.note(f"{len(found.rejected) - _SHOWN_REJECTED} more files of '{path}' left out")
+    rejected = note_rejected(found, progress, keep_identifiers=keep_identifiers)
     studies: dict[str, list[Series]] = {}
     for series in found.series:
         studies.setdefault(str(series.value("StudyInstanceUID")), []).append(series)
     chosen = [series for study in studies.values() for series in choose(study, rule)]
     if not chosen and rule is not None and found.series:
         select_series(found, rule)  # which tells what there is
-    return [(series_name(s, found.series, keep_identifiers=keep_identifiers), s) for s in chosen]
+    named = [(series_name(s, found.series, keep_identifiers=keep_identifiers), s) for s in chosen]
+    return ChosenSeries(named, rejected)
+
+
+def note_rejected(found: Found, progress: Progress, *, keep_identifiers: bool) -> tuple[tuple[str, str], ...]:
+    """The (name, reason) of each DICOM file that cannot be used; `progress` is told of the first of them."""
+    rejected = tuple((found.full_names[name] if keep_identifiers else name, why) for name, why in found.rejected)
+    for name, reason in rejected[:_SHOWN_REJECTED]:
+        progress.note(f"left out '{name}': {reason}")
+    if len(rejected) > _SHOWN_REJECTED:
+        progress.note(f"{len(rejected) - _SHOWN_REJECTED} more files left out; `ctseg dicom ls` lists them")
+    return rejected
 
 
 def check_distinct(named: list[tuple[str, Series]]) -> list[tuple[str, Series]]:

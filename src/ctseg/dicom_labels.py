@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,8 +12,9 @@ from typing import Any, Literal
 import numpy as np
 import pydicom
 
+from ctseg.dicom_jobs import note_rejected
 from ctseg.errors import CtsegError, ImageError
-from ctseg.files import make_folder, write_json
+from ctseg.files import make_folder, output_errors, write_json
 from ctseg.io.dicom.headers import pydicom_silent, read_dataset
 from ctseg.io.dicom.labels import Overlap, read_labels, regions_of
 from ctseg.io.dicom.names import patient_name, series_name
@@ -25,10 +25,15 @@ from ctseg.io.dicom.series import Series
 from ctseg.io.images import check_ct, write_image, write_labels
 from ctseg.privacy import without_uids
 from ctseg.progress import Progress
+from ctseg.provenance import differences, merged_entries, own_manifest, read_object
 
 Kind = Literal["SEG", "RTSTRUCT"]
 KINDS: tuple[Kind, ...] = ("SEG", "RTSTRUCT")
 MANIFEST = "data.json"
+MAKER = "ctseg labels"
+RECORD = "ctseg_labels.json"
+"""Says how the label maps in a folder were made; written before the first of them."""
+_STRICT = {"only": None, "merge": False, "overlap": "error", "allow_missing": False, "gaps": "error", "tilt": "error"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +61,13 @@ class Options:
     tilt: Tilt = "error"
     keep_identifiers: bool = False
     overwrite: bool = False
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What makes other label maps, or other names, of the same CT."""
+        return {"choices": [*map(str, self.choices)], "keep_identifiers": self.keep_identifiers} | {
+            name: getattr(self, name) for name in _STRICT
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,12 +116,14 @@ def count_regions(paths: Sequence[Path], progress: Progress) -> list[RegionCount
     """
     regions: dict[tuple[str, str], list[Region]] = defaultdict(list)
     with pydicom_silent():
-        for other in _objects(find_series(paths, progress), None, paths):
+        found_all = find_series(paths, progress)
+        note_rejected(found_all, progress, keep_identifiers=False)
+        for other in _objects(found_all, None, paths):
             try:
                 for region in regions_of(other.header):
                     regions[region.name, other.kind].append(region)
             except ImageError as error:
-                progress.note(f"left out {_shown(other.source.shown, False)}: {error}")
+                progress.note(f"left out '{other.source.shown}': {error}")
     counts = [
         RegionCount(
             name=name,
@@ -136,10 +150,11 @@ def collect_labels(paths: Sequence[Path], folder: Path, options: Options, progre
         One for each CT with segmentations, and one for each segmentation without CT.
 
     Raises:
-        CtsegError: if there is no SEG or RTSTRUCT, or the folder holds labels that were chosen otherwise.
+        CtsegError: if there is no SEG or RTSTRUCT, or the folder holds labels that were made otherwise.
         OutputError: if results cannot be written.
     """
     found = find_series(paths, progress)
+    note_rejected(found, progress, keep_identifiers=options.keep_identifiers)
     results: list[Labelled] = []
     with pydicom_silent():
         objects = _objects(found, options.only, paths)
@@ -149,16 +164,29 @@ def collect_labels(paths: Sequence[Path], folder: Path, options: Options, progre
             try:
                 of_series[finder.find(other.header).number].append(other)
             except ImageError as error:
-                shown = _shown(other.source.shown, options.keep_identifiers)
+                shown = other.source.full if options.keep_identifiers else other.source.shown
                 results.append(Labelled(source=shown, status="failed", error=f"{other.kind} '{shown}': {error}"))
-    _check_choices(folder, options)
+    named = _named([one for one in found.series if one.number in of_series], found, options)
+    manifest = own_manifest(folder / MANIFEST, MAKER)
+    if named:
+        _claim(folder, set(named), options)
     progress.start("converting", len(of_series))
-    for series in (one for one in found.series if one.number in of_series):
-        results.append(_try(series, of_series[series.number], found, folder, options))
+    for name, series in named.items():
+        results.append(_try(name, series, of_series[series.number], folder, options))
         progress.advance(results[-1].error or results[-1].status)
     progress.finish()
-    _write_manifest(folder, results, options)
+    _write_manifest(folder, manifest, results, options)
     return results
+
+
+def _named(wanted: list[Series], found: Found, options: Options) -> dict[str, Series]:
+    named: dict[str, Series] = {}
+    for series in wanted:
+        name = series_name(series, found.series, keep_identifiers=options.keep_identifiers)
+        if name in named:
+            raise CtsegError(f"series #{named[name].number} and #{series.number} are the same images; leave one out")
+        named[name] = series
+    return named
 
 
 def _objects(found: Found, only: Kind | None, paths: Sequence[Path]) -> list[OtherObject]:
@@ -170,11 +198,10 @@ def _objects(found: Found, only: Kind | None, paths: Sequence[Path]) -> list[Oth
     return objects
 
 
-def _try(series: Series, objects: list[OtherObject], found: Found, folder: Path, options: Options) -> Labelled:
-    name = series_name(series, found.series, keep_identifiers=options.keep_identifiers)
+def _try(name: str, series: Series, objects: list[OtherObject], folder: Path, options: Options) -> Labelled:
     source = f"series #{series.number}"
     patient = patient_name(series, keep_identifiers=options.keep_identifiers)
-    image, label = folder / "images" / f"{name}.nii.gz", folder / "labels" / f"{name}.nii.gz"
+    image, label = folder / "images" / f"{name}.nii.gz", _label_path(folder, name)
     if image.exists() and label.exists() and not options.overwrite:
         return Labelled(source=source, status="skipped", image=image, label=label, patient=patient)
     try:
@@ -220,33 +247,46 @@ def _chosen(objects: list[OtherObject], options: Options) -> list[pydicom.Datase
     return [read_dataset(other.source) for other in having or objects]
 
 
-def _shown(source: str, keep_identifiers: bool) -> str:
-    return source if keep_identifiers else without_uids(source)
+def _label_path(folder: Path, name: str) -> Path:
+    return folder / "labels" / f"{name}.nii.gz"
 
 
-def _check_choices(folder: Path, options: Options) -> None:
-    """Passes if the folder's labels, if any, were chosen in the same way."""
-    try:
-        before = json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("choices")
-    except (OSError, ValueError, AttributeError):
-        return
-    if before != _described(options) and not options.overwrite:
-        raise CtsegError(
-            f"'{folder}' holds labels that were chosen in another way ({', '.join(map(str, before or []))}); "
-            f"choose another --output, or --overwrite"
-        )
+def _claim(folder: Path, names: set[str], options: Options) -> None:
+    """Records how the folder's label maps are made, so that two ways never mix, whenever a run is cut off.
+
+    Raises:
+        CtsegError: if it holds label maps made in another way, unless they are to be overwritten and all are.
+    """
+    before = read_object(folder / RECORD)
+    there = {path.name for path in (folder / "labels").glob("*.nii.gz")}
+    different = ["of unknown origin"] if not before else differences(before, options.record, _STRICT)
+    if there and different:
+        mine = {_label_path(folder, name) for name in names}
+        left = sorted(there - {path.name for path in mine})
+        if not options.overwrite:
+            raise CtsegError(
+                f"'{folder}' holds labels that were made in another way ({'; '.join(different)}); "
+                f"choose another --output, or --overwrite"
+            )
+        if left:
+            raise CtsegError(
+                f"'{folder}' holds {len(left)} labels made in another way that would stay, e.g. '{left[0]}'; "
+                f"choose another --output"
+            )
+        with output_errors(folder):
+            for path in mine:
+                path.unlink(missing_ok=True)
+    make_folder(folder)
+    write_json(folder / RECORD, options.record)
 
 
-def _described(options: Options) -> list[str]:
-    return [*map(str, options.choices), f"overlap {options.overlap}", *(["merge"] if options.merge else [])]
-
-
-def _write_manifest(folder: Path, results: Iterable[Labelled], options: Options) -> None:
+def _write_manifest(folder: Path, before: Mapping[str, Any], results: Sequence[Labelled], options: Options) -> None:
     entries: list[dict[str, Any]] = []
     for one in results:
         if one.image is not None and one.label is not None:
             entry = {key: p.relative_to(folder).as_posix() for key, p in (("image", one.image), ("label", one.label))}
             entries.append(entry | ({} if one.patient is None else {"patient": one.patient}))
+    entries = merged_entries(before, "training", ("image", "label"), folder, entries)
     if not entries:
         return
     names: dict[str, str] = {}
@@ -257,9 +297,9 @@ def _write_manifest(folder: Path, results: Iterable[Labelled], options: Options)
         {
             "name": folder.resolve().name,
             "licence": "unknown",
-            "source": "DICOM",
+            "source": MAKER,
             "labels": {"0": "background", **names},
-            "choices": _described(options),
+            "choices": [*map(str, options.choices)],
             "training": entries,
         },
     )

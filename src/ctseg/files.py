@@ -88,14 +88,23 @@ def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, An
         writer.writerows({c: row[c] for c in columns} for row in rows)
 
 
+def is_there(path: Path) -> bool:
+    """True for a file and for a folder that holds something: an empty folder is as good as none."""
+    with output_errors(path):
+        return os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir()))
+
+
 @contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
     """A temporary folder beside `folder`; on success it is renamed to it, on failure it is removed with all it holds.
 
+    With `replace`, a folder that is there is set aside only once the new one is whole, and removed last.
+
     Raises:
-        OutputError: if `folder` holds something already, or anything inside raises an OSError.
+        OutputError: if `folder` holds something already and is not to be replaced, is no folder or a link, or anything
+            inside raises an OSError.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.is_symlink() or (is_there(folder) and not (replace and folder.is_dir())):
         raise OutputError(f"cannot write '{folder}': it is there already and not an empty folder; name another one")
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     with output_errors(folder):
@@ -104,7 +113,22 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
             yield temporary
             for path in temporary.rglob("*"):
                 _sync(path)
-            temporary.replace(folder)
+            if is_there(folder):
+                _exchange(folder, temporary)
+            else:
+                temporary.replace(folder)
             _sync(folder.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _exchange(folder: Path, new: Path) -> None:
+    """Puts the folder `new` in the place of `folder`, which goes; if that fails, `folder` is where it was."""
+    aside = new.with_suffix(".old")
+    folder.rename(aside)
+    try:
+        new.rename(folder)
+    except BaseException:
+        aside.rename(folder)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)

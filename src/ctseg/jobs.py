@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ctseg import slurm
 from ctseg.dicom_jobs import check_distinct, find_ct_series, is_dicom_or_zip
@@ -54,7 +54,15 @@ class Options:
     seg_type: Literal["binary", "labelmap"] = "binary"
     keep_empty_frames: bool = False
 
+    def record(self, jobs: Sequence[Job]) -> dict[str, Any]:
+        """The options that make other masks of these jobs under the same names."""
+        of_series = {"gaps": self.gaps, "tilt": self.tilt} if any(job.series is not None for job in jobs) else {}
+        of_seg = {"seg_type": self.seg_type, "keep_empty_frames": self.keep_empty_frames}
+        return of_series | (of_seg if self.format == "dicom-seg" else {})
 
+
+STRICT_OPTIONS = {"gaps": "error", "tilt": "error"}
+"""What refuses a CT unless it is allowed: a mask made under these is the same under any."""
 PLAIN = Options()
 
 
@@ -176,7 +184,8 @@ def _series_jobs(inputs: list[Path], output: Path, options: Options, progress: P
     shown: dict[str, Path] = {}
     named = []
     for path in inputs:
-        for name, series in find_ct_series(path, options.series, progress, keep_identifiers=options.keep_identifiers):
+        chosen = find_ct_series(path, options.series, progress, keep_identifiers=options.keep_identifiers)
+        for name, series in chosen.named:
             shown.setdefault(name, Path(f"{path} #{series.number}"))
             named.append((name, series))
     ending = ENDINGS[options.format or "nifti"]

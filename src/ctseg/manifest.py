@@ -234,7 +234,8 @@ def _read_entry(where: str, split: str, entry: Any, root: Path, problems: list[s
     if isinstance(entry, str):
         entry = {"image": entry}
     if not isinstance(entry, Mapping) or not isinstance(entry.get("image"), str):
-        problems.append(f'{where}: expected a path or {{"image": path, "label": path}}, got {entry!r:.80}')
+        got = f"the keys {', '.join(map(str, entry))}"[:80] if isinstance(entry, Mapping) else type(entry).__name__
+        problems.append(f'{where}: expected a path or {{"image": path, "label": path}}, got {got}')
         return None
     label = entry.get("label")
     if label is not None and not isinstance(label, str):
@@ -242,6 +243,9 @@ def _read_entry(where: str, split: str, entry: Any, root: Path, problems: list[s
         return None
     paths = []
     for text in (entry["image"], label):
+        if text is not None and not _is_path(text):
+            problems.append(f"{where}: a path holds characters that no file name has; correct the list")
+            return None
         if text is not None and not Path(text).is_absolute() and ".." in PurePosixPath(text).parts:
             problems.append(f"{where}: relative paths may not contain '..', got '{text}'")
             return None
@@ -262,6 +266,13 @@ def _read_entry(where: str, split: str, entry: Any, root: Path, problems: list[s
         return None
     patient = None if patient is None else patient.strip()
     return Case(name=name, split=split, image=image, label=label_path, weight=float(weight), patient=patient)
+
+
+def _is_path(text: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 def _kind(value: Any) -> str:

@@ -15,6 +15,8 @@ from ctseg.errors import CtsegError
 from ctseg.files import make_folder, output_errors
 
 KEY_VARIABLE = "CTSEG_PSEUDONYM_KEY"
+MIN_KEY_CHARACTERS = 32
+"""A shorter secret can be guessed, and with it every identifier behind a pseudonym."""
 _UID = re.compile(r"\d+(?:\.\d+){4,}")
 
 
@@ -27,18 +29,31 @@ def pseudonym(identifier: str, key: bytes, prefix: str = "") -> str:
     return prefix + base64.b32encode(digest)[:10].decode("ascii").lower()
 
 
+def configuration_folder() -> Path | None:
+    """Where this user's settings for ctseg are; None for a user without a home folder."""
+    given = os.environ.get("XDG_CONFIG_HOME")
+    try:
+        return (Path(given) if given else Path.home() / ".config") / "ctseg"
+    except RuntimeError:
+        return None
+
+
 def pseudonym_key() -> bytes:
     """The secret of this user: `$CTSEG_PSEUDONYM_KEY`, else a file that is made once, readable by its owner only.
 
     Raises:
-        CtsegError: if the file cannot be read or is not a key.
+        CtsegError: if it is too short, or the file cannot be read or is not a key, or there is no place for one.
         OutputError: if it cannot be made.
     """
     given = os.environ.get(KEY_VARIABLE)
     if given:
+        _check_length(given, KEY_VARIABLE, "set a longer one, e.g. of `openssl rand -hex 32`")
         return given.encode("utf-8", "surrogateescape")
-    path = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "ctseg" / "pseudonym.key"
-    if not path.exists():
+    folder = configuration_folder()
+    if folder is None:
+        raise CtsegError(f"no key for pseudonyms: this user has no home folder; set {KEY_VARIABLE} or XDG_CONFIG_HOME")
+    path = folder / "pseudonym.key"
+    if not os.path.exists(path):  # Path.exists raises where the folder cannot be looked into  # noqa: PTH110
         make_folder(path.parent)
         _make_key(path)
     return _read_key(path)
@@ -63,9 +78,13 @@ def _read_key(path: Path) -> bytes:
         key = path.read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise CtsegError(f"key '{path}': cannot be read ({error}); set {KEY_VARIABLE} or mend the file") from error
-    if len(key) < 32:
-        raise CtsegError(f"key '{path}': expected at least 32 characters, got {len(key)}; delete it to make a new one")
+    _check_length(key, f"key '{path}'", "delete it to make a new one")
     return key.encode("ascii")
+
+
+def _check_length(key: str, what: str, remedy: str) -> None:
+    if len(key) < MIN_KEY_CHARACTERS:
+        raise CtsegError(f"{what}: expected at least {MIN_KEY_CHARACTERS} characters, got {len(key)}; {remedy}")
 
 
 def without_uids(text: str) -> str:

@@ -11,8 +11,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ctseg.errors import CtsegError, ModelError, RecipeError
-from ctseg.files import make_folder, write_json
+from ctseg.errors import CtsegError, DownloadError, ModelError, RecipeError
+from ctseg.files import make_folder, output_errors, write_json
 from ctseg.manifest import SPLITS, Case, Manifest
 from ctseg.recipe import Recipe, load_recipe, recipe_from_dict, recipe_names
 
@@ -75,11 +75,13 @@ def start_run(run: Path, recipe: Recipe, manifest: Manifest, precision: str = "a
 
     Raises:
         CtsegError: if the folder already holds a run.
+        OutputError: if it cannot be written to or locked.
     """
     make_folder(run)
     folder = os.open(run, os.O_RDONLY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX)  # released by the kernel, also when this process is killed
+        with output_errors(run):
+            fcntl.flock(folder, fcntl.LOCK_EX)  # released by the kernel, also when this process is killed
         if (run / RECIPE_FILE).exists():
             raise CtsegError(f"'{run}' already holds a run; continue it with --resume or choose another --output")
         write_json(run / DATA_FILE, {**manifest_to_dict(manifest), "precision": precision})
@@ -151,6 +153,17 @@ def resolve_model(name: str | None) -> Path:
         if (run / checkpoint).is_file():
             return run / checkpoint
     raise ModelError(f"run '{run}': no checkpoint yet ({' or '.join(CHECKPOINTS)})")
+
+
+def holds_model(folder: Path) -> bool:
+    """True of the folder of a downloaded model that is whole."""
+    return all((folder / name).is_file() for name in (RECIPE_FILE, CHECKPOINTS[0]))
+
+
+def check_model(folder: Path) -> None:
+    """Raises DownloadError if something else stands where a downloaded model is to be."""
+    if not holds_model(folder):
+        raise DownloadError(f"'{folder}' is there but is no model of ctseg; move it away and run again")
 
 
 def _may_be_recipe(name: str) -> bool:

@@ -11,6 +11,7 @@ import pydicom
 import pytest
 import SimpleITK
 
+import dicom_maker
 from ctseg.io.dicom.write import write_series
 from ctseg.io.images import read_image, write_image, write_labels
 from ctseg.manifest import read_manifest
@@ -166,7 +167,118 @@ def test_what_is_there_is_not_replaced_unasked(cli: Callable, ct: Volume, tmp_pa
     assert cli("convert", "ct.nii.gz", "ct.nrrd", "--overwrite").code == 0
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("uid", ["../../../PWNED", "../PWNED", "PWNED"])
+def test_a_hostile_uid_writes_nothing_outside(cli: Callable, archive: Path, tmp_path: Path, uid: str) -> None:
+    for path in (archive / "patient0" / "study").iterdir():
+        header = pydicom.dcmread(path)
+        header.SeriesInstanceUID = uid
+        header.save_as(path)
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    before = set(tmp_path.rglob("*"))
+    assert cli("convert", "archive/patient0", "a/b/set", "--keep-identifiers").code == 0
+    (image,) = (tmp_path / "a" / "b" / "set" / "images").iterdir()
+    assert image.name.startswith("ct-")
+    made = set(tmp_path.rglob("*")) - before
+    assert all(path.is_relative_to(tmp_path / "a" / "b" / "set") for path in made)
+    assert not any("PWNED" in path.name for path in tmp_path.parent.rglob("*"))
+
+
+def test_the_manifest_lists_what_earlier_runs_made(cli: Callable, archive: Path, tmp_path: Path) -> None:
+    for number in range(2):
+        assert cli("convert", f"archive/patient{number}", "set").code == 0
+    listed = read_manifest(tmp_path / "set" / "data.json").cases
+    assert len({case.image for case in listed}) == 2
+    listed[0].image.unlink()
+    assert cli("convert", "archive/patient2", "set", "--gaps", "fill").code == 0
+    cases = read_manifest(tmp_path / "set" / "data.json").cases
+    assert len(cases) == 2
+    assert all(case.image.exists() for case in cases)
+
+
+@pytest.mark.parametrize("text", ['{"name": "x", "training": [], "choices": ["1=liver"]}', "mine", "[]"])
+def test_a_manifest_of_someone_else_is_kept(cli: Callable, archive: Path, tmp_path: Path, text: str) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "data.json").write_text(text)
+    result = cli("convert", "archive", "set", "--overwrite")
+    assert result.code == 2
+    assert "'set/data.json' was not written by `ctseg convert` and would be replaced" in result.message
+    assert [path.read_text() for path in (tmp_path / "set").iterdir()] == [text]
+
+
+def test_cts_made_in_two_ways_do_not_mix(cli: Callable, archive: Path, tmp_path: Path) -> None:
+    assert cli("convert", "archive", "set", "--gaps", "fill").code == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "set" / "images").iterdir()}
+    for options, told in (
+        (["--gaps", "ignore"], "gaps fill"),
+        ([], "gaps fill"),
+        (["--gaps", "fill", "--keep-identifiers"], "keep_identifiers False"),
+    ):
+        result = cli("convert", "archive", "set", *options)
+        assert result.code == 2
+        assert f"holds CTs that were made in another way ({told})" in result.message
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "set" / "images").iterdir()} == before
+    assert cli("convert", "archive", "set", "--gaps", "ignore", "--overwrite").code == 0
+    assert len(read_manifest(tmp_path / "set" / "data.json").cases) == 3
+
+
+def test_files_that_cannot_be_used_are_told_and_reported(cli: Callable, archive: Path, tmp_path: Path) -> None:
+    (archive / "patient0" / "away.dcm").symlink_to(tmp_path)
+    for target in ("set", "ct.nii"):
+        result = cli("convert", "archive/patient0", target, "--report", f"{target}.json")
+        assert result.code == 0
+        assert "left out 'archive/patient0" in result.err
+        done, left_out = json.loads((tmp_path / f"{target}.json").read_text())
+        assert (done["status"], left_out["status"]) == ("done", "left out")
+        assert left_out["source"].startswith("archive/patient0")
+        assert left_out["error"]
+
+
+def test_repairs_show_in_the_table(cli: Callable, archive: Path, tmp_path: Path) -> None:
+    assert "filled 1 slices" in cli("convert", "archive/patient2", "a.nii", "--gaps", "fill").out
+    assert "far end off by 2.5 mm" in cli("convert", "archive/patient2", "b.nii", "--gaps", "ignore").out
+    tilted = dicom_maker.write_series(tmp_path / "tilted", dicom_maker.Plan(tilt_degrees=12))
+    assert "sheared" in cli("convert", tilted, "c.nii", "--tilt", "shear").out
+    plain = cli("convert", "archive/patient0", "d.nii", "--gaps", "ignore", "--tilt", "shear").out
+    assert not any(word in plain for word in ("filled", "far end", "sheared"))
+
+
+def test_dicom_folders_are_replaced_on_request(cli: Callable, ct: Volume, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    write_image(tmp_path / "in" / "ct.nii.gz", ct)
+    shifted = Volume(ct.array + np.int16(1), ct.geometry)
+    (tmp_path / "ser").mkdir()
+    assert cli("convert", "in/ct.nii.gz", "ser", "--format", "dicom").code == 0, "an empty folder is as good as none"
+    assert cli("convert", "in", "set", "--format", "dicom").code == 0
+    write_image(tmp_path / "in" / "ct.nii.gz", shifted)
+    assert cli("convert", "in/ct.nii.gz", "ser", "--format", "dicom").code == 2
+    assert json.loads(cli("convert", "in", "set", "--format", "dicom", "--json").out)[0]["status"] == "skipped"
+    for source, target, series in (("in/ct.nii.gz", "ser", "ser"), ("in", "set", "set/images/ct")):
+        assert cli("convert", source, target, "--format", "dicom", "--overwrite").code == 0
+        assert cli("convert", series, f"{target}.nii").code == 0
+        np.testing.assert_array_equal(read_image(tmp_path / f"{target}.nii").array, shifted.array)
+        assert len(list((tmp_path / series).iterdir())) == 6
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_nothing_but_dicom_is_ever_deleted(cli: Callable, ct: Volume, tmp_path: Path) -> None:
+    write_image(tmp_path / "ct.nii.gz", ct)
+    for name in ("home/thesis.tex", "home/0001.dcm", "deep/a/0001.dcm"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    for target in ("home", "deep"):
+        result = cli("convert", "ct.nii.gz", target, "--format", "dicom", "--overwrite")
+        assert result.code == 2
+        assert "is no folder of nothing but DICOM files" in result.message
+    assert (tmp_path / "home" / "thesis.tex").read_text() == (tmp_path / "deep/a/0001.dcm").read_text() == "mine"
+
+
 WRONG = {
+    ("convert", "archive/patient0", "a.nii", "--labels"): "`ctseg labels` makes label maps of SEG and RTSTRUCT",
+    ("convert", "archive", "new", "--labels"): "`ctseg labels` makes label maps of SEG and RTSTRUCT",
+    ("convert", "ct.nii.gz", "a.mhd"): "target 'a.mhd': '.mhd' is not written; end it in one of .nii.gz",
+    ("convert", "archive/patient0", "a.IMG"): "'.img' is not written",
+    ("convert", "ct.nii.gz", "a.dcm", "--format", "dicom"): "name a folder (--format dicom for a DICOM series)",
     ("convert", "none.nii.gz", "a.nrrd"): "source 'none.nii.gz': no such file or folder",
     ("convert", "ct.nii.gz", "a.nrrd", "--format", "mha"): "--format is for a folder of CTs",
     ("convert", "archive", "a.nrrd"): "one CT series is read",

@@ -102,3 +102,18 @@ def test_only_broken_files_are_told_with_their_reasons(cli: Callable[..., Any], 
     result = cli("dicom", "ls", study / "broken")
     assert result.code == 2
     assert "an image without pixels: cut short" in result.message
+
+
+def test_names_of_files_are_told_only_to_who_keeps_identifiers(cli: Callable[..., Any], study: Path):
+    inner = study / "Muster^Maria"
+    (study / "d").rename(inner)
+    (study / "broken").rename(inner / "broken")
+    hidden = cli("dicom", "ls", study, "--json", "--quiet").out + cli("dicom", "ls", study, "--quiet").out
+    assert "Muster" not in hidden
+    assert "broken" not in json.loads(cli("dicom", "ls", study, "--json", "--quiet").out)["rejected"][0]["file"]
+    kept = json.loads(cli("dicom", "ls", study, "--json", "--quiet", "--keep-identifiers").out)
+    assert kept["rejected"][0]["file"] == str(inner / "broken")
+    assert kept["others"][0]["file"] == str(inner / "slice000.dcm")
+    names = [Path(name).name for row in kept["series"][:1] for name in row["files"].values()]
+    assert names == [f"slice{n:03}.dcm" for n in range(6)]
+    assert str(inner / "broken") in cli("dicom", "ls", study, "--quiet", "--keep-identifiers").out

@@ -308,13 +308,57 @@ def test_a_configuration_with_a_gap_can_be_completed_without_fetching_again(
 
 
 def test_a_model_that_is_there_is_left_alone(cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "models" / "mine").mkdir(parents=True)
-    (tmp_path / "models" / "mine" / "precious").touch()
+    folder = tmp_path / "models" / "mine"
+    folder.mkdir(parents=True)
+    for name in ("recipe.json", "best.pt", "precious"):
+        (folder / name).touch()
     index_of(tmp_path, monkeypatch, "mine", "https://host.invalid/a.zip")
     result = cli("download", "mine")
     assert (result.code, result.err) == (0, "")
     assert "(was there already)" in result.out
-    assert (tmp_path / "models" / "mine" / "precious").exists()
+    assert (folder / "precious").exists()
+    result = cli("download", "mine", *COARSE)
+    assert result.code == 0
+    assert "so --from, --set and --keep-archive do nothing; delete it to make it anew" in result.err
+
+
+@pytest.mark.parametrize("name", ["precious", "recipe.json", "best.pt"])
+def test_a_folder_that_is_no_model_is_not_taken_for_one(
+    cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+):
+    folder = tmp_path / "models" / "mine"
+    folder.mkdir(parents=True)
+    (folder / name).touch()
+    index_of(tmp_path, monkeypatch, "mine", "https://host.invalid/a.zip")
+    result = cli("download", "mine")
+    assert (result.code, result.out) == (2, "")
+    assert "'models/mine' is there but is no model of ctseg; move it away and run again" in result.message
+    rows = {row["name"]: row for row in json.loads(cli("download", "--json").out)}
+    assert rows["mine"]["here"] == "another folder"
+    assert [path.name for path in folder.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("file", ["mine.zip", "mine.pt"])
+def test_a_page_that_came_instead_of_the_model_is_removed(
+    cli: Callable[..., Any], server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+):
+    page = b"<html>please log in</html>"
+    index_of(tmp_path, monkeypatch, "mine", server.serve("/a", page), file=file, recipe="spleen:small")
+    for requests in (1, 2):
+        result = cli("download", "mine", "--quiet")
+        assert result.code == 2
+        assert result.message.endswith("; it was removed, run again to fetch it, or use --from")
+        assert len(server.requests) == requests
+    assert not (tmp_path / "models" / ".mine.download").exists()
+
+
+def test_an_index_of_models_that_is_wrong_keeps_nobody_from_a_data_set(
+    cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "index.json").write_text("{")
+    monkeypatch.setenv("CTSEG_MODELS", str(tmp_path / "index.json"))
+    assert "model index" in cli("download").message
+    assert "cannot be fetched without a login" in cli("download", "btcv").message
 
 
 def test_a_model_killed_while_it_is_made_ends_complete(

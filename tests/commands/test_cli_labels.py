@@ -1,5 +1,6 @@
 """`ctseg labels`: archives of CT with SEG and RTSTRUCT become images, label maps and a manifest."""
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import pydicom
 import pytest
 from numpy.typing import NDArray
 
+from ctseg import dicom_labels
 from ctseg.codes import ANATOMY, Algorithm, Code, Structure, uncoded
 from ctseg.io.dicom.read import find_series, read_series
 from ctseg.io.dicom.rtstruct import write_rtstruct
@@ -105,7 +107,7 @@ def test_what_is_done_is_kept_and_what_failed_is_tried_again(cli: Cli, archive, 
     other = cli("labels", path, "--label", "1=/spleen/", "--output", "data", "--quiet")
     assert other.code == 2
     assert (
-        "'data' holds labels that were chosen in another way (1=/^liver/, 2=/spleen/, overlap error)" in other.message
+        "'data' holds labels that were made in another way (choices 1=/^liver/, 2=/spleen/; gaps fill)" in other.message
     )
 
 
@@ -176,7 +178,7 @@ def test_references_that_lead_nowhere(cli: Cli, tmp_path: Path) -> None:
             dataset.FrameOfReferenceUID = "1.2.3.4.98"
         dataset.save_as(path)
     assert result.code == 1
-    assert "SEG 'p/drawn/write_seg.dcm': the CT that it refers to is not here; add its folder" in result.message
+    assert "the CT that it refers to is not here; add its folder" in result.message
 
 
 def test_two_cts_of_one_frame_are_told_apart_or_refused(cli: Cli, tmp_path: Path) -> None:
@@ -194,6 +196,96 @@ def test_two_cts_of_one_frame_are_told_apart_or_refused(cli: Cli, tmp_path: Path
     dataset.save_as(tmp_path / "p" / "seg.dcm")
     result = cli("labels", "p", "--output", "data2", "--label", "1=liver", "--quiet")
     assert "2 CT series fit what it refers to" in result.message
+
+
+CHOICES = ["--output", "data", "--quiet", "--gaps", "fill", "--label"]
+
+
+def test_after_an_interrupted_run_no_other_choices_mix_in(cli: Cli, archive, tmp_path: Path, monkeypatch) -> None:
+    path, _ = archive
+    write, written = dicom_labels.write_labels, []
+
+    def cut_off(*arguments: Any) -> None:
+        if written:
+            raise KeyboardInterrupt
+        written.append(arguments)
+        write(*arguments)
+
+    monkeypatch.setattr(dicom_labels, "write_labels", cut_off)
+    with contextlib.suppress(KeyboardInterrupt):
+        cli("labels", path, *CHOICES, "1=/^liver/")
+    monkeypatch.undo()
+    monkeypatch.setenv(KEY_VARIABLE, KEY)
+    (label,) = (tmp_path / "data" / "labels").iterdir()
+    before = label.read_bytes()
+    other = cli("labels", path, *CHOICES, "1=/spleen/")
+    assert other.code == 2
+    assert "holds labels that were made in another way (choices 1=/^liver/)" in other.message
+    assert label.read_bytes() == before
+    rows = json.loads(cli("labels", path, *CHOICES, "1=/^liver/", "--json").out)
+    assert sorted(row["status"] for row in rows) == ["done", "done", "skipped"]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--gaps", "ignore"], "gaps fill"),
+        (["--gaps", "fill", "--keep-identifiers"], "keep_identifiers False"),
+        (["--gaps", "fill", "--label", "2=/spleen/"], "choices 1=/^liver/"),
+    ],
+)
+def test_labels_made_in_two_ways_do_not_mix(cli: Cli, archive, options: list[str], told: str) -> None:
+    path, _ = archive
+    assert cli("labels", path, *CHOICES, "1=/^liver/").code == 0
+    result = cli("labels", path, "--output", "data", "--label", "1=/^liver/", "--quiet", *options)
+    assert result.code == 2
+    assert f"made in another way ({told})" in result.message
+
+
+def test_labels_of_unknown_origin_are_not_taken_for_ours(cli: Cli, archive, tmp_path: Path) -> None:
+    path, _ = archive
+    assert cli("labels", path, *CHOICES, "1=/^liver/").code == 0
+    (tmp_path / "data" / "ctseg_labels.json").unlink()
+    result = cli("labels", path, *CHOICES, "1=/^liver/")
+    assert result.code == 2
+    assert "of unknown origin" in result.message
+
+
+def test_other_choices_replace_all_labels_or_none(cli: Cli, archive, tmp_path: Path) -> None:
+    path, made = archive
+    assert cli("labels", path, *CHOICES, "1=/^liver/").code == 0
+    write_patient(tmp_path / "p", 1)
+    result = cli("labels", "p", *CHOICES, "1=/spleen/", "--overwrite")
+    assert result.code == 2
+    assert "holds 2 labels made in another way that would stay" in result.message
+    assert cli("labels", path, *CHOICES, "1=/spleen/", "--overwrite").code == 0
+    for uid, _, labels in made.values():
+        label = read_labels(tmp_path / "data" / "labels" / f"{pseudonym(uid, KEY.encode(), 'ct-')}.nii.gz")
+        np.testing.assert_array_equal(label.array, labels == 2)
+
+
+def test_the_manifest_lists_what_earlier_runs_made(cli: Cli, tmp_path: Path) -> None:
+    for number in (1, 2):
+        write_patient(tmp_path / f"p{number}", number)
+        assert cli("labels", f"p{number}", "--output", "data", "--label", "1=liver", "--quiet").code == 0
+    assert len(check_files(read_manifest(tmp_path / "data" / "data.json")).split("training")) == 2
+
+
+def test_a_manifest_of_someone_else_is_kept(cli: Cli, tmp_path: Path) -> None:
+    write_patient(tmp_path / "p", 1)
+    assert cli("convert", "p", "data", "--quiet").code == 0
+    before = (tmp_path / "data" / "data.json").read_bytes()
+    result = cli("labels", "p", "--output", "data", "--label", "1=liver", "--quiet", "--overwrite")
+    assert result.code == 2
+    assert "was not written by `ctseg labels`" in result.message
+    assert (tmp_path / "data" / "data.json").read_bytes() == before
+
+
+def test_files_that_cannot_be_used_are_told(cli: Cli, tmp_path: Path) -> None:
+    write_patient(tmp_path / "p", 1)
+    (tmp_path / "p" / "away.dcm").symlink_to(tmp_path)
+    assert "left out 'p" in cli("labels", "p", "--output", "data", "--label", "1=liver").err
+    assert "left out 'p" in cli("labels", "p", "--list").err
 
 
 def test_identifiers_on_request(cli: Cli, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import pytest
 from ctseg.files import write_json
 from ctseg.io.images import read_labels, write_labels
 from ctseg.manifest import Manifest, read_manifest
-from ctseg.recipe import Recipe
+from ctseg.recipe import Recipe, load_recipe
 from ctseg.workspace import start_run
 
 TINY_OVERRIDES = [
@@ -231,3 +231,27 @@ def test_stopped_by_sigterm_and_done_by_the_same_command(cli: Callable[..., Any]
     result = cli(*words)
     assert result.code == 0
     assert f"data set own: {40 - ready} cases prepared, {ready} were ready" in result.out
+
+
+def test_the_printed_command_trains_what_the_newest_run_here_was(
+    cli: Callable[..., Any], tiny_recipe: Recipe, tiny_manifest: Manifest, tmp_path: Path
+) -> None:
+    """Its recipe may have been changed with --set, and its name may be that of a file elsewhere."""
+    changed = dataclasses.replace(tiny_recipe, name="mine")
+    start_run(tmp_path / "runs" / "mine-001", changed, tiny_manifest)
+    result = cli("prepare-dataset", "-q")
+    assert result.code == 0
+    words = shlex.split(result.out.rpartition("train on it with: ctseg ")[2])
+    assert words[:2] == ["train", "runs/mine-001/recipe.json"]
+    assert load_recipe(str(tmp_path / words[1])).preprocess == tiny_recipe.preprocess
+
+
+def test_a_data_list_is_never_replaced_by_another(cli: Callable[..., Any], tiny_data: Path, tmp_path: Path) -> None:
+    options = ("prepare-dataset", "spleen:small", "--check-only", "-q", "--split", "50/50", "--resplit")
+    same = (*options, "--manifest", tiny_data, "--write-manifest", "mine.json")
+    assert cli(*same).code == 0
+    before = (tmp_path / "mine.json").read_bytes()
+    assert cli(*same).code == 0
+    result = cli(*same, "--seed", "5")
+    assert (result.code, (tmp_path / "mine.json").read_bytes()) == (2, before)
+    assert result.message == "'mine.json' is there already with other content; name another file with --write-manifest"

@@ -262,7 +262,8 @@ def test_a_patient_in_two_splits_is_an_error_that_does_not_name_the_patient(make
     findings = check(tmp_path, *cases)
     assert told(findings) == [("error", "patient", "ct_2")]
     assert findings[0].text == (
-        "the patient of this case in test is also in training (ct_0); --split keeps a patient's CTs together"
+        "the patient of this case in test is also in training (ct_0); move one of them, "
+        "or deal all cases out with --split 80/10/10 --resplit"
     )
 
 

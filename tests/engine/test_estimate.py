@@ -3,13 +3,14 @@
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ctseg.engine import estimate as module
 from ctseg.engine.bank import bank_folder, case_folder, prepare_bank
 from ctseg.engine.estimate import Estimate, check_space, estimate
 from ctseg.errors import ImageError, OutputError
-from ctseg.io.images import read_image
+from ctseg.io.images import read_geometry, read_image, write_labels
 from ctseg.manifest import Case, Manifest
 from ctseg.progress import Silent
 from ctseg.recipe import Recipe
@@ -23,7 +24,7 @@ class Notes(Silent):
         self.lines.append(text)
 
 
-def test_disk_is_at_most_the_estimate_and_not_far_less_without_a_crop(
+def test_disk_is_at_most_the_estimate_also_where_all_is_foreground(
     tiny_manifest: Manifest, tiny_recipe: Recipe, tmp_path: Path
 ):
     whole = dataclasses.replace(
@@ -33,7 +34,14 @@ def test_disk_is_at_most_the_estimate_and_not_far_less_without_a_crop(
     folder = prepare_bank(cases, whole, tmp_path, Silent()).folder
     for case in cases:
         used = sum(file.stat().st_size for file in case_folder(folder, case).iterdir())
-        assert 0.7 * estimate(case, whole.preprocess).disk_bytes < used < estimate(case, whole.preprocess).disk_bytes
+        assert 0.4 * estimate(case, whole.preprocess).disk_bytes < used < estimate(case, whole.preprocess).disk_bytes
+    full = tmp_path / "full.nii.gz"
+    write_labels(full, np.ones(read_geometry(cases[0].image).size, np.uint8), read_geometry(cases[0].image))
+    case = dataclasses.replace(cases[0], name="full", label=full)
+    folder = prepare_bank((case,), whole, tmp_path, Silent()).folder
+    used = sum(file.stat().st_size for file in case_folder(folder, case).iterdir())
+    assert 0.95 * estimate(case, whole.preprocess).disk_bytes < used
+    assert used < estimate(case, whole.preprocess).disk_bytes + 4096  # headers of the files
 
 
 def test_only_the_header_is_read_and_a_bad_one_costs_nothing(
@@ -46,7 +54,7 @@ def test_only_the_header_is_read_and_a_bad_one_costs_nothing(
         read_image(spoiled)
     there = estimate(case, tiny_recipe.preprocess)
     # 48 x 40 x 30 voxels of 5 mm are 30 x 25 x 19 of 8 mm: first and last voxel centres are 235, 195 and 145 mm apart.
-    assert there == Estimate(30 * 25 * 19 * 4, 48 * 40 * 30 * 12 + 30 * 25 * 19 * 16)
+    assert there == Estimate(30 * 25 * 19 * 7, 48 * 40 * 30 * 12 + 30 * 25 * 19 * 16)
     assert estimate(dataclasses.replace(case, image=spoiled), tiny_recipe.preprocess) == there
     for image in (tmp_path / "none.nii", Path(__file__)):
         assert estimate(dataclasses.replace(case, image=image), tiny_recipe.preprocess) == Estimate(0, 0)

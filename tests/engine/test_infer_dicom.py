@@ -233,6 +233,28 @@ def test_tilt_is_refused_or_undone_on_the_source_slices(tiny_model, plan, tmp_pa
     assert {tuple(frame.PlanePositionSequence[0].ImagePositionPatient) for frame in frames} <= positions
 
 
+def test_masks_made_with_other_options_do_not_mix(tiny_model, plan, tmp_path: Path) -> None:
+    source = write_series(tmp_path / "ct", plan(missing=[11]))
+    (outcome,) = run(tiny_model, source, tmp_path / "out", format="dicom-seg", gaps="fill")
+    before = outcome.mask.read_bytes()
+    for told, options in {
+        "gaps fill": {"gaps": "ignore"},
+        "seg_type binary": {"gaps": "fill", "seg_type": "labelmap"},
+        "keep_empty_frames False": {"gaps": "fill", "keep_empty_frames": True},
+    }.items():
+        with pytest.raises(CtsegError, match=rf"holds masks made with other options \({told}\); choose another"):
+            run(tiny_model, source, tmp_path / "out", **{"format": "dicom-seg", **options})
+        assert outcome.mask.read_bytes() == before
+    (same,) = run(tiny_model, source, tmp_path / "out", format="dicom-seg", gaps="fill")
+    assert same.status == "skipped"
+    (other,) = run(
+        tiny_model, source, tmp_path / "out", format="dicom-seg", gaps="fill", seg_type="labelmap", overwrite=True
+    )
+    assert pydicom.dcmread(other.mask).SegmentationType == "LABELMAP"
+    (nifti,) = run(tiny_model, source, tmp_path / "out", gaps="fill")
+    assert nifti.status == "done", "the type of a SEG is nothing to NIfTI"
+
+
 def test_one_slice_is_told(tiny_model, plan, tmp_path: Path) -> None:
     (file,) = write_series(tmp_path / "ct", plan(size=(48, 40, 1))).iterdir()
     (outcome,) = run(tiny_model, file, tmp_path / "out")

@@ -15,8 +15,8 @@ from ctseg.progress import Silent
 from ctseg.recipe import load_recipe
 
 SHORTENED = [
-    "training.epochs=260",
-    "schedule.step_epochs=220",
+    "training.epochs=400",
+    "schedule={kind='cosine'}",
     "training.batch_cases=3",
     "sampling.patches_per_case=2",
 ]
@@ -75,7 +75,7 @@ def lesion(real_data: Path) -> tuple[Path, Path]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "overrides", "epochs", "files"),
-    [("lung", LUNG, 60, lungs), ("bone_lesion", BONE, 240, lesion)],
+    [("lung", LUNG, 100, lungs), ("bone_lesion", BONE, 240, lesion)],
 )
 def test_a_card_overfits_one_real_case(
     real_data: Path, tmp_path: Path, name: str, overrides: list[str], epochs: int, files: Callable[..., Any]

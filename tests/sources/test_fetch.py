@@ -1,5 +1,6 @@
 """Fetching over HTTP from a server that drops, lies, changes, corrupts and forgets."""
 
+import errno
 import gzip
 import hashlib
 import os
@@ -395,6 +396,17 @@ def test_no_secret_of_an_address_is_kept(server: FileServer, tmp_path: Path, pau
     assert found.url == server.url("/a")
     assert len(notes) == 1
     assert "secret" not in notes[0]
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("ctseg.sources.fetch.fcntl.flock", no_locks)
+    expected = r"this file system has no locks \(No locks available\); work in a folder on another one, .* --data"
+    with pytest.raises(DownloadError, match=expected), locked(tmp_path / "a"):
+        pytest.fail("it went on without")
+    assert_only(tmp_path)
 
 
 def test_one_process_at_a_time(tmp_path: Path):

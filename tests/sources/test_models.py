@@ -57,14 +57,51 @@ def test_a_model_whose_recipe_is_not_there_says_so():
 def test_the_users_index_adds_and_goes_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     shipped = set(model_index())
     assert user_index() == tmp_path / "config" / "ctseg" / "models.json"
-    write(user_index(), {"mine": ENTRY, "spleen_ct_segmentation": ENTRY})
+    own = user_index()
+    assert own is not None
+    write(own, {"mine": ENTRY, "spleen_ct_segmentation": ENTRY})
     index = model_index()
     assert set(index) == {*shipped, "mine"}
     assert index["spleen_ct_segmentation"].title == "mine"
     monkeypatch.setenv("CTSEG_MODELS", str(write(tmp_path / "other.json", {"other": ENTRY})))
     assert set(model_index()) == {*shipped, "other"}
     monkeypatch.setenv("CTSEG_MODELS", str(tmp_path / "none.json"))
-    with pytest.raises(ModelError, match=r"CTSEG_MODELS: '.*none\.json': no such file"):
+    with pytest.raises(ModelError, match=r"model index '.*none\.json': no such file"):
+        model_index()
+
+
+def no_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: object) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CONFIG_HOME")
+    monkeypatch.setattr(Path, "home", unknown)
+
+
+def test_a_user_without_a_home_has_the_shipped_models(monkeypatch: pytest.MonkeyPatch):
+    shipped = set(model_index())
+    no_home(monkeypatch)
+    assert user_index() is None
+    assert set(model_index()) == shipped
+
+
+def test_an_index_that_may_not_be_read_counts_only_if_it_was_named(monkeypatch: pytest.MonkeyPatch):
+    shipped = set(model_index())
+    own = user_index()
+    assert own is not None
+    write(own, {"mine": ENTRY})
+    stat = Path.stat
+
+    def refused(path: Path, **how: bool) -> object:
+        if path == own:
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, **how)
+
+    monkeypatch.setattr(Path, "stat", refused)
+    monkeypatch.setattr("os.access", lambda path, mode: path != own)
+    assert set(model_index()) == shipped
+    monkeypatch.setenv("CTSEG_MODELS", str(own))
+    with pytest.raises(ModelError, match=r"cannot be read: .*Permission denied"):
         model_index()
 
 
@@ -72,6 +109,7 @@ def test_every_problem_of_an_index_at_once(tmp_path: Path):
     wrong = {
         "a/b": ENTRY,
         "spleen": ENTRY,
+        "msd_spleen": ENTRY,
         "one": {**ENTRY, "titel": "x"},
         "two": {**ENTRY, "gigabytes": -1},
         "three": {**ENTRY, "archive": {"file": "a", "urls": ["file:///etc/passwd"], "digests": {"sha256": "AB"}}},
@@ -80,10 +118,11 @@ def test_every_problem_of_an_index_at_once(tmp_path: Path):
     with pytest.raises(ModelError) as caught:
         read_index(write(tmp_path / "index.json", wrong))
     lines = str(caught.value).splitlines()
-    assert lines[0].endswith("index.json': 7 problems")
+    assert lines[0].endswith("index.json': 8 problems")
     for text in (
-        "'a/b': expected a plain name that no recipe has",
+        "'a/b': expected a plain name that no recipe and no data set has",
         "'spleen': expected a plain name",
+        "'msd_spleen': expected a plain name",
         "one.titel: unknown key; did you mean 'title'?",
         "two.gigabytes: must be above 0",
         "three.archive.digests.sha256: expected 64 hexadecimal digits in lower case, got 'AB'",
@@ -105,7 +144,7 @@ def test_what_is_no_index(tmp_path: Path, text: str, problem: str):
     (tmp_path / "index.json").write_text(text)
     with pytest.raises(ModelError, match=problem):
         read_index(tmp_path / "index.json")
-    with pytest.raises(ModelError, match="cannot be read"):
+    with pytest.raises(ModelError, match="no such file"):
         read_index(tmp_path / "none.json")
 
 

@@ -16,6 +16,8 @@ from ctseg.manifest import find_manifest, read_manifest, shipped_manifest
 from ctseg.progress import Silent
 from ctseg.recipe import load_recipe, recipe_names
 from ctseg.sources.archives import SOURCE_FILE
+from ctseg.sources.answers import shown
+from ctseg.sources.archives import Order, _remote, check_obtainable
 from ctseg.sources.public import DataSet, data_sets, download_data_set, read_data_set
 from file_server import FileServer, running_server
 
@@ -165,7 +167,7 @@ def test_another_file_than_published_is_refused(tar: Path, tmp_path: Path):
 def test_from_what_is_not_there(tmp_path: Path):
     with pytest.raises(DownloadError, match=r"--from .*none\.tar: no such file or folder"):
         download_data_set(SETS["msd_spleen"], tmp_path, tmp_path / "none.tar", False, Silent())
-    with pytest.raises(DownloadError, match=r"2 problems\n  no COVID-19-CT-Seg_20cases\.zip in it\n  no Lung_Mask"):
+    with pytest.raises(DownloadError, match=r"2 problems\n  no COVID-19-CT-Seg_20cases\.zip \(.*\) in it\n  no Lung_Mask"):
         download_data_set(SETS["covid19_ct_seg"], tmp_path, tmp_path, False, Silent())
     (tmp_path / "Lung_Mask.zip").touch()
     with pytest.raises(DownloadError, match="name the folder that holds them"):
@@ -238,6 +240,53 @@ def test_missing_cases_are_named_before_anything_is_unpacked(tmp_path: Path):
         f"Training/img/img0040.nii.gz); is it the right one?"
     )
     assert not list((tmp_path / "data").iterdir())
+
+
+LOGIN = b"<html>please log in</html>" * 100
+
+
+def test_a_page_that_came_instead_of_the_archive_is_removed(server: FileServer, tmp_path: Path):
+    """Nobody publishes a checksum of it: only the next fetch can bring the right one."""
+    url = server.serve("/RawData.zip", LOGIN)
+    data_set = with_archives("btcv", tmp_path, RawData={"urls": [url]})
+    wanted = r"damaged, or neither tar nor zip .*; it was removed, run again to fetch it, or use --from$"
+    with pytest.raises(DownloadError, match=wanted):
+        download_data_set(data_set, tmp_path / "data", None, False, Silent())
+    assert not list((tmp_path / "data").iterdir())
+    server.serve("/RawData.zip", make_zip(tmp_path / "right.zip", btcv_files()).read_bytes())
+    assert download_data_set(data_set, tmp_path / "data", None, False, Silent()) is not None
+
+
+def test_what_the_user_gave_is_never_removed(tmp_path: Path):
+    (tmp_path / "RawData.zip").write_bytes(LOGIN)
+    with pytest.raises(DownloadError, match=r"neither tar nor zip \([^)]*\)$"):
+        download_data_set(SETS["btcv"], tmp_path / "data", tmp_path / "RawData.zip", False, Silent())
+    assert (tmp_path / "RawData.zip").read_bytes() == LOGIN
+
+
+def test_a_verified_archive_that_cannot_be_unpacked_is_kept(server: FileServer, tmp_path: Path):
+    digests = {"sha256": hashlib.sha256(LOGIN).hexdigest()}
+    data_set = with_archives("btcv", tmp_path, RawData={"urls": [server.serve("/a", LOGIN)], "digests": digests})
+    with pytest.raises(DownloadError, match=r"neither tar nor zip \([^)]*\)$"):
+        download_data_set(data_set, tmp_path / "data", None, False, Silent())
+    assert [path.name for path in (tmp_path / "data").rglob("*.zip")] == ["RawData.zip"]
+
+
+def test_every_archive_of_a_data_set_is_named_with_its_address(tmp_path: Path):
+    data_set = SETS["covid19_ct_seg"]
+    addresses = [archive.urls[0] for archive in data_set.download.archives]
+    assert len(addresses) > 1
+    (tmp_path / "one.zip").touch()
+    order = Order(name=data_set.name, archives=data_set.download.archives, max_bytes=1)
+    for given in (tmp_path / "one.zip", tmp_path):
+        with pytest.raises(DownloadError) as caught:
+            check_obtainable(order, given)
+        assert all(f"({shown(url)})" in str(caught.value) for url in addresses)
+    remote = _remote(order, order.archives[1])
+    both = " and ".join(shown(url) for url in addresses)
+    assert remote.by_hand == (
+        f"fetch {both} on another machine, then `ctseg download covid19_ct_seg --from FOLDER` here"
+    )
 
 
 def test_a_hostile_archive_leaves_nothing(tmp_path: Path):

@@ -200,6 +200,87 @@ def test_a_name_of_gigabytes_is_not_read_into_memory(tmp_path: Path, kind: bytes
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024
 
 
+def pax(**values: str) -> bytes:
+    """A header of text and its content, as POSIX has it: "LENGTH KEY=VALUE" lines."""
+    content = b""
+    for key, value in values.items():
+        line = f" {key}={value}\n".encode()
+        length = len(line) + 1
+        while len(str(length)) + len(line) != length:
+            length = len(str(length)) + len(line)
+        content += str(length).encode() + line
+    return header("pax", tarfile.XHDTYPE, len(content)) + content + bytes(-len(content) % 512)
+
+
+def header(name: str, kind: bytes, size: int) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.type, info.size = kind, size
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+def test_a_tar_with_the_end_of_a_zip_is_judged_as_a_tar(tmp_path: Path):
+    content = header("long", tarfile.GNUTYPE_LONGNAME, 2**21) + b"a" * 2**21 + header("x", tarfile.REGTYPE, 0)
+    (tmp_path / "a").write_bytes(gzip.compress(content + bytes(1024)) + b"PK\5\6" + bytes(18))
+    assert zipfile.is_zipfile(tmp_path / "a")
+    assert tarfile.is_tarfile(tmp_path / "a"), "with nobody to stop it, it is read whole"
+    assert "a header of it is too long" in refusal(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "5"},
+        {"GNU.sparse.size": "5", "GNU.sparse.map": "0,5"},
+        {"GNU.sparse.size": "5", "GNU.sparse.numblocks": "1", "GNU.sparse.offset": "0", "GNU.sparse.numbytes": "5"},
+    ],
+)
+def test_the_map_of_a_sparse_file_is_not_read(tmp_path: Path, about: dict[str, str]):
+    (tmp_path / "a").write_bytes(pax(**about) + header("x", tarfile.REGTYPE, 512) + b"1\n0\n5\n".ljust(512, b"\0"))
+    assert "a sparse file is in it" in refusal(tmp_path / "a")
+
+
+def test_texts_of_many_members_are_bounded_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    one = pax(comment="a" * 1000)
+    content = b"".join(one + header(f"f{n}", tarfile.REGTYPE, 0) for n in range(100)) + bytes(1024)
+    (tmp_path / "a").write_bytes(content)
+    assert len(extract(tmp_path / "a", tmp_path / "out")) == 100
+    monkeypatch.setattr(module, "MAX_TEXTS_BYTES", 50_000)
+    assert "a header of it is too long, or all of them are; refused" in refusal(tmp_path / "a")
+
+
+def test_text_for_all_members_is_not_kept_with_each(tmp_path: Path):
+    """A megabyte of keys in each of many members would be a thousandfold of the archive."""
+    text = pax(**{f"{n:x}": "" for n in range(5000)})
+    everywhere = header("pax", tarfile.XGLTYPE, len(text) - 512) + text[512:]
+    (tmp_path / "a").write_bytes(
+        everywhere + b"".join(header(f"f{n}", tarfile.REGTYPE, 0) for n in range(50)) + bytes(1024)
+    )
+    with module._open(tmp_path / "a") as archive:
+        members = archive.getmembers()
+        assert len(members) == 50
+        assert not any(member.pax_headers for member in members)
+
+
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_a_negative_size_does_not_lead_back(tmp_path: Path, kind: bytes):
+    (tmp_path / "a").write_bytes(header("first", tarfile.REGTYPE, 0) + header("back", kind, -1024) + bytes(2**20))
+    assert "'back': of negative size" in refusal(tmp_path / "a")
+
+
+def test_a_negative_size_in_text_does_not_lead_back(tmp_path: Path):
+    (tmp_path / "a").write_bytes(pax(size="-2048") + header("back", tarfile.REGTYPE, 0) + bytes(1024))
+    assert "'back': of negative size" in refusal(tmp_path / "a")
+
+
+def test_the_directory_of_a_zip_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "MAX_DIRECTORY_BYTES", 1000)
+    monkeypatch.setattr(zipfile.ZipFile, "__init__", lambda *_: pytest.fail("it was read"))
+    entry = b"PK\1\2" + bytes(42)
+    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 1, 1, 100 * len(entry), 0, 0)
+    (tmp_path / "a").write_bytes(100 * entry + end)
+    assert "of names; refused" in refusal(tmp_path / "a")
+
+
 def test_a_header_that_claims_a_terabyte_costs_nothing(tmp_path: Path):
     info = tarfile.TarInfo("huge")
     info.size = 2**40

@@ -59,11 +59,12 @@ def convert(
     )
     with make_progress(quiet) as progress:
         if names_format or (form == "dicom" and source.name.lower().endswith(IMAGE_SUFFIXES)):
-            results = [convert_one(source, output, options, progress)]
+            converted = convert_one(source, output, options, progress)
         else:
-            results = convert_all(source, output, form or "nifti", options, progress)
+            converted = convert_all(source, output, form or "nifti", options, progress)
     if report is not None:
-        write_json(report, [result.to_dict() for result in results])
+        write_json(report, converted.to_dicts())
+    results = converted.results
     emit([result.to_dict() for result in results], _text(results), as_json)
     failed = [result for result in results if result.status == "failed"]
     if failed:
@@ -89,7 +90,15 @@ def _grid(result: Conversion) -> tuple[str | None, str | None, str | None, str |
 
 def _notes(result: Conversion) -> str | None:
     """What was repaired or rounded, in a few words; the whole of it stands in the report."""
-    notes = [finding["code"] for finding in (result.dicom or {}).get("notes", [])]
+    dicom = result.dicom or {}
+    notes = []
+    if dicom.get("filled_slices"):
+        notes.append(f"filled {len(dicom['filled_slices'])} slices")
+    if abs(dicom.get("closed_up_mm", 0.0)) >= 0.01:
+        notes.append(f"far end off by {dicom['closed_up_mm']:.3g} mm")
+    if dicom.get("sheared"):
+        notes.append("sheared")
+    notes += [finding["code"] for finding in dicom.get("notes", [])]
     if result.largest_change_hu > 0:
         notes.append(f"rounded by up to {result.largest_change_hu:.2g} HU")
     return ", ".join(dict.fromkeys(notes)) or None

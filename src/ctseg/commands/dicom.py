@@ -51,14 +51,14 @@ def list_series(
     with make_progress(quiet) as progress:
         found = find_series(paths, progress)
     if not found.series and not found.others:
-        reasons = [f"{name}: {reason}" for name, reason in found.rejected[:MAX_REJECTED]]
+        reasons = [f"{name}: {reason}" for name, reason in _rejected(found, keep_identifiers)[:MAX_REJECTED]]
         searched = f"no DICOM in {', '.join(repr(str(path)) for path in paths[:3])}"
         raise CtsegError(list_problems(searched, reasons or ["name the folder or archive that holds it"]))
     with pydicom_silent():
         chosen = found.series if series is None else choose(found.series, series)
         rows = [_row(one, keep_identifiers) for one in chosen]
-        data = {"series": rows, **_rest(found)}
-    emit(data, _text(chosen, rows, found), as_json)
+        data = {"series": rows, **_rest(found, keep_identifiers)}
+    emit(data, _text(chosen, rows, found, _rejected(found, keep_identifiers)), as_json)
 
 
 def _row(one: Series, keep_identifiers: bool) -> dict[str, Any]:
@@ -85,10 +85,11 @@ def _row(one: Series, keep_identifiers: bool) -> dict[str, Any]:
     if keep_identifiers:
         row["series_uid"] = one.uid
         row["study_uid"], row["patient_id"] = text(one, "StudyInstanceUID"), text(one, "PatientID")
+        row["files"] = {image.source.shown: image.source.full for image in one.slices}
     return row
 
 
-def _rest(found: Found) -> dict[str, Any]:
+def _rest(found: Found, keep_identifiers: bool) -> dict[str, Any]:
     from ctseg.io.dicom.headers import tag_value
     from ctseg.progress import printable
 
@@ -97,23 +98,29 @@ def _rest(found: Found) -> dict[str, Any]:
             {
                 "kind": other.kind,
                 "description": printable(str(tag_value(other.header, "SeriesDescription") or "")) or None,
-                "file": other.source.shown,
+                "file": other.source.full if keep_identifiers else other.source.shown,
             }
             for other in found.others
         ],
-        "rejected": [{"file": name, "reason": reason} for name, reason in found.rejected],
+        "rejected": [{"file": name, "reason": reason} for name, reason in _rejected(found, keep_identifiers)],
         "not_dicom": found.not_dicom,
     }
 
 
-def _text(chosen: Sequence[Series], rows: Sequence[dict[str, Any]], found: Found) -> str:
+def _rejected(found: Found, keep_identifiers: bool) -> list[tuple[str, str]]:
+    return [(found.full_names[name] if keep_identifiers else name, reason) for name, reason in found.rejected]
+
+
+def _text(
+    chosen: Sequence[Series], rows: Sequence[dict[str, Any]], found: Found, rejected: Sequence[tuple[str, str]]
+) -> str:
     columns = ("#", "kind", "description", "slices", "size", "spacing_mm", "thick", "lies", "kernel", "kVp", "contrast")
     identifiers = [name for name in ("patient_id", "study_uid", "series_uid") if rows and name in rows[0]]
     table = render_table(
         (*columns, "name", *identifiers, "problems"),
         [(*_cells(row), row["name"], *(row[i] for i in identifiers), _codes(row)) for row in rows],
     )
-    return "\n".join([table if rows else "no series passes the rule", *_findings(chosen), *_remarks(found)])
+    return "\n".join([table if rows else "no series passes the rule", *_findings(chosen), *_remarks(found, rejected)])
 
 
 def _cells(row: dict[str, Any]) -> tuple[object, ...]:
@@ -147,10 +154,10 @@ def _findings(chosen: Sequence[Series]) -> list[str]:
     return ["", *found] if found else []
 
 
-def _remarks(found: Found) -> list[str]:
+def _remarks(found: Found, rejected: Sequence[tuple[str, str]]) -> list[str]:
     lines = [f"{count} x {kind}" for kind, count in Counter(other.kind for other in found.others).items()]
     remarks = ["", f"other objects: {', '.join(lines)}"] if lines else []
-    if found.rejected:
-        remarks += ["", f"{len(found.rejected)} files cannot be used:"]
-        remarks += [f"  {name}: {reason}" for name, reason in found.rejected[:MAX_REJECTED]]
+    if rejected:
+        remarks += ["", f"{len(rejected)} files cannot be used:"]
+        remarks += [f"  {name}: {reason}" for name, reason in rejected[:MAX_REJECTED]]
     return remarks

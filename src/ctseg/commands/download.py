@@ -17,9 +17,9 @@ from ctseg.progress import make_progress
 from ctseg.recipe import load_recipe, recipe_names
 from ctseg.report.tables import render_table
 from ctseg.sources.archives import SOURCE_FILE, read_record
-from ctseg.sources.models import ModelEntry, model_index, user_index
+from ctseg.sources.models import INDEX_VARIABLE, ModelEntry, model_index, user_index
 from ctseg.sources.public import DataSet, data_sets, download_data_set, missing_files
-from ctseg.workspace import MODELS, RECIPE_FILE
+from ctseg.workspace import MODELS, check_model, holds_model
 
 
 def download(
@@ -39,22 +39,23 @@ def download(
     quiet: QuietFlag = False,
 ) -> None:
     """Fetch a public data set or a model: resumed after a stop, checksums verified, safely unpacked."""
-    sets, models = data_sets(), model_index()
+    sets = data_sets()
     choice = _Choice(given=given, keep_archive=keep_archive, as_json=as_json, quiet=quiet)
     if name is None:
         if given is not None or overrides or keep_archive:
             raise CtsegError("--from, --set and --keep-archive need the NAME of what to download")
-        _list(sets, models, data or data_folder(), as_json)
+        _list(sets, model_index(), data or data_folder(), as_json)
     elif name in sets:
         if overrides:
             raise CtsegError(f"--set: is for models; '{name}' is a data set")
         _data_set(sets[name], data, choice)
-    elif name in models:
+    else:  # only now: what is wrong with an index of models does not keep anyone from a data set
+        models = model_index()
+        if name not in models:
+            raise DownloadError(f"'{name}': neither a data set nor a model; known: {', '.join([*sets, *models])}")
         if data is not None:
             raise CtsegError(f"--data: is for data sets; '{name}' is a model and goes to {MODELS}/{name}")
         _model(name, models[name], overrides or [], choice)
-    else:
-        raise DownloadError(f"'{name}': neither a data set nor a model; known: {', '.join([*sets, *models])}")
 
 
 def _list(sets: dict[str, DataSet], models: dict[str, ModelEntry], base: Path, as_json: bool) -> None:
@@ -70,7 +71,7 @@ def _list(sets: dict[str, DataSet], models: dict[str, ModelEntry], base: Path, a
     shown = [{**row, "gigabytes": f"{row['gigabytes']:.1f}"} for row in rows]
     table = render_table(columns, [tuple(row[column] for column in columns) for row in shown])
     hint = f"`ctseg download NAME` fetches one. Data sets go to {base}/, models to {MODELS}/; add your own models in"
-    emit(rows, f"{table}\n\n{hint} {user_index()}", as_json)
+    emit(rows, f"{table}\n\n{hint} {user_index() or f'a file that {INDEX_VARIABLE} names'}", as_json)
 
 
 def _row(name: str, kind: str, gigabytes: float, licence: str, what: str, here: str) -> dict[str, Any]:
@@ -87,7 +88,9 @@ def _state_of_data(data_set: DataSet, folder: Path) -> str:
 def _state_of_model(name: str, entry: ModelEntry) -> str:
     if entry.lacks_recipe:
         return f"needs recipe {entry.recipe}"
-    return "yes" if (MODELS / name / RECIPE_FILE).is_file() else "no"
+    if (MODELS / name).exists():
+        return "yes" if holds_model(MODELS / name) else "another folder"
+    return "no"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +120,15 @@ def _data_set(data_set: DataSet, data: Path | None, choice: _Choice) -> None:
 def _model(name: str, entry: ModelEntry, overrides: list[str], choice: _Choice) -> None:
     folder = MODELS / name
     there = folder.exists()
-    if not there:
+    if there:
+        check_model(folder)
+        if choice.given is not None or overrides or choice.keep_archive:
+            with make_progress(choice.quiet) as progress:
+                progress.note(
+                    f"{folder}: was there already, so --from, --set and --keep-archive do nothing; "
+                    f"delete it to make it anew"
+                )
+    else:
         if entry.lacks_recipe:
             raise DownloadError(f"model '{name}': needs recipe '{entry.recipe}', which this ctseg does not have")
         from ctseg.engine.install import download_model

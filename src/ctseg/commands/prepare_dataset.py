@@ -30,7 +30,7 @@ from ctseg.manifest import SPLITS, Manifest
 from ctseg.progress import make_progress, printable
 from ctseg.recipe import Recipe, load_recipe
 from ctseg.sources.catalogue import locate_data
-from ctseg.workspace import DATA_FILE, PREPARED, newest_run, run_recipe
+from ctseg.workspace import DATA_FILE, PREPARED, RECIPE_FILE, newest_run, run_recipe
 
 if TYPE_CHECKING:
     from ctseg.dataset.curate import Curated
@@ -93,11 +93,12 @@ def prepare_dataset(
         typer.echo(f"ctseg: {why}", err=True)
     with make_progress(quiet) as progress:
         found = locate_data(manifest or chosen.data.manifest, data, progress)
-        if not check_only:
+        if not (check_only or divide):
             found.split("training")
         make_folder(prepared)
         if write_manifest is None and (divide or fix):
             write_manifest = prepared / _list_name(found, division)
+            _check_list_file(write_manifest, manifest)
         from ctseg.dataset.curate import Wishes, curate
         from ctseg.engine.runtime import stop_on_signal
 
@@ -111,7 +112,8 @@ def prepare_dataset(
                 report = prepare_bank(curated.manifest.to_prepare, chosen, prepared, progress, stop_requested, workers)
     if curated.list_file is not None:
         manifest, data = str(curated.list_file), None
-    train = shlex.join(["ctseg", "train", *_given(recipe or chosen.name, manifest, data, prepared, overrides)])
+    name = recipe or (chosen.name if run is None else str(run / RECIPE_FILE))
+    train = shlex.join(["ctseg", "train", *_given(name, manifest, data, prepared, overrides)])
     emit(_result(curated, chosen, report), _text(curated, report, train), as_json)
     if curated.errors:
         raise ManifestError(
@@ -149,7 +151,7 @@ def _check_list_file(path: Path | None, manifest: str | None) -> None:
     if path.is_dir():
         raise CtsegError(f"--write-manifest {path}: must be a file, got a folder")
     if manifest is not None and path.exists() and Path(manifest).exists() and path.samefile(manifest):
-        raise CtsegError(f"--write-manifest {path}: is the list that is read; name another file")
+        raise CtsegError(f"'{path}' is the list that is read; name another file with --write-manifest")
 
 
 def _list_name(found: Manifest, division: str) -> str:
@@ -178,7 +180,7 @@ def _counts(manifest: Manifest) -> dict[str, int]:
 
 
 def _text(curated: Curated, report: BankReport | None, train: str) -> str:
-    name = curated.manifest.name
+    name = printable(curated.manifest.name)
     counts = ", ".join(f"{number} {split}" for split, number in _counts(curated.manifest).items())
     parts = []
     if curated.findings:

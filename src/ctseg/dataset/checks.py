@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ctseg.dataset.inspection import AIR_HU, TISSUE_HU, CaseFacts, FileFacts
+from ctseg.errors import ImageError
 from ctseg.files import write_csv, write_json
 from ctseg.manifest import Case, Manifest
 from ctseg.recipe import Recipe
@@ -64,7 +65,7 @@ def check_dataset(manifest: Manifest, facts: Mapping[str, CaseFacts], recipe: Re
     findings = [
         finding
         for case in manifest.cases
-        for check in (_files, _grid, _label_values, _hounsfield, _spacing)
+        for check in (_files, _grid, _label_values, _hounsfield, _spacing, _network_grid)
         for finding in check(case, facts[case.name], recipe)
     ]
     for check_all in (_duplicates, _equal_labels, _patients, _unused_labels):
@@ -179,6 +180,16 @@ def _spacing(case: Case, facts: CaseFacts, _: Recipe) -> Iterator[Finding]:
         yield Finding("warning", "spacing", case.name, text)
 
 
+def _network_grid(case: Case, facts: CaseFacts, recipe: Recipe) -> Iterator[Finding]:
+    from ctseg.preprocess import network_geometry
+
+    if facts.image.is_readable:
+        try:
+            network_geometry(facts.image.geometry, recipe.preprocess.spacing_mm)
+        except ImageError as error:
+            yield Finding("error", "size", case.name, str(error))
+
+
 def equal_images(manifest: Manifest, facts: Mapping[str, CaseFacts]) -> list[list[Case]]:
     """Cases whose images have the same voxels, in whatever files: a list for each image that comes more than once."""
     by_digest: dict[str, list[Case]] = defaultdict(list)
@@ -219,8 +230,9 @@ def _patients(manifest: Manifest, _facts: Mapping[str, CaseFacts], _: Recipe) ->
             continue
         first = firsts.setdefault(case.patient, case)
         if first.split != case.split:
-            text = f"the patient of this case in {case.split} is also in {first.split} ({first.name}); --split keeps"
-            yield Finding("error", "patient", case.name, f"{text} a patient's CTs together")
+            text = f"the patient of this case in {case.split} is also in {first.split} ({first.name})"
+            remedy = "move one of them, or deal all cases out with --split 80/10/10 --resplit"
+            yield Finding("error", "patient", case.name, f"{text}; {remedy}")
 
 
 def _unused_labels(manifest: Manifest, facts: Mapping[str, CaseFacts], recipe: Recipe) -> Iterator[Finding]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ctseg.dataset.checks import Finding, check_dataset, write_findings
 from ctseg.dataset.fixes import mend
 from ctseg.dataset.inspection import inspect_cases
 from ctseg.dataset.splits import without_patient
+from ctseg.errors import OutputError
 from ctseg.files import make_folder, write_json
 from ctseg.manifest import Manifest
 from ctseg.progress import Progress
@@ -104,5 +107,17 @@ def curate(
     if list_file is not None:
         fixes = [f"{finding.case}: {finding.text}" for finding in findings if finding.severity == "fixed"]
         about = {"division": wishes.division, "fixes": fixes}
-        write_json(make_folder(list_file.parent) / list_file.name, {**manifest_to_dict(manifest), **about})
+        _write_list(list_file, {**manifest_to_dict(manifest), **about})
     return Curated(manifest, findings, report, list_file)
+
+
+def _write_list(path: Path, content: dict[str, Any]) -> None:
+    """Writes a data list; one that is there is left alone if it is the same, and never replaced by another."""
+    if path.exists():
+        try:
+            same = json.loads(path.read_text(encoding="utf-8")) == json.loads(json.dumps(content))
+        except (OSError, ValueError):
+            same = False
+        if not same:
+            raise OutputError(f"'{path}' is there already with other content; name another file with --write-manifest")
+    write_json(make_folder(path.parent) / path.name, content)

@@ -9,10 +9,12 @@ network's input anyway.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -38,6 +40,7 @@ from ctseg.volume import Volume
 from ctseg.workers import in_parallel, num_workers
 
 FORMAT = 2
+LEFTOVER_SECONDS = 24 * 3600
 GPU_SHARE = 0.5
 """The bank moves to the GPU when it needs at most this share of the free memory there."""
 
@@ -88,6 +91,7 @@ def prepare_bank(
         Stopped: after a stop request.
     """
     folder = make_folder(bank_folder(root, recipe))
+    _remove_leftovers(folder)
     todo = [case for case in cases if not _is_ready(case_folder(folder, case), case)]
     pending = set(todo)
     ready = tuple(case.name for case in cases if case not in pending)
@@ -190,6 +194,14 @@ def _grid(volume: Volume) -> str:
 def _fingerprint(case: Case) -> list[Any]:
     files = [f for f in (case.image, case.label) if f is not None]
     return [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Removes what killed runs have left half made; what is younger than a day may still be worked on."""
+    for path in folder.glob(".*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _is_ready(folder: Path, case: Case) -> bool:

@@ -15,8 +15,8 @@ from ctseg.preprocess import network_geometry
 from ctseg.progress import Progress
 from ctseg.specs import Preprocess
 
-DISK_BYTES_PER_VOXEL = 4
-"""Of the network's grid: image 2, label 1, and the 4 of a voxel's index in foreground, taken as a quarter of all."""
+DISK_BYTES_PER_VOXEL = 7
+"""Of the network's grid at most: image 2, label 1, and the 4 of its index if it is foreground."""
 MEMORY_BYTES_PER_VOXEL = (12, 16)
 """Of the CT's grid (see `dataset.inspection`) and of the network's: float32, its crop as float16, label, index."""
 

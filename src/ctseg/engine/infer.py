@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import csv
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,9 +18,10 @@ from ctseg.engine.predict import OnWindow, predict
 from ctseg.engine.runtime import memory_errors
 from ctseg.errors import CtsegError, ImageError, NotEnoughMemory, Stopped
 from ctseg.files import make_folder, output_errors, write_csv, write_json
-from ctseg.jobs import PLAIN, Job, Options, Shard, is_mask_name
+from ctseg.jobs import PLAIN, STRICT_OPTIONS, Job, Options, Shard, is_mask_name
 from ctseg.manifest import image_stem
 from ctseg.progress import Progress
+from ctseg.provenance import differences, read_object
 from ctseg.report.overlay import draw_overlay
 
 RECORD = "ctseg_model.json"
@@ -64,12 +65,13 @@ def infer(
 
     Raises:
         OutputError: if masks cannot be written; finished ones stay.
-        CtsegError: if `output` holds another model's masks, unless `overwrite` is on and `jobs` replace them all.
+        CtsegError: if `output` holds masks of another model or made with other options, unless `overwrite` is on and
+            `jobs` replace them all.
         Stopped: after a stop request, which is looked for after every window; finished masks stay.
     """
     make_folder(output)
     mine = shard.take(jobs)
-    _claim(output, model, mine, overwrite and shard.count == 1)
+    _claim(output, model, mine, options.record(jobs), overwrite and shard.count == 1)
     outcomes: list[Outcome] = []
 
     def stop() -> None:
@@ -89,34 +91,37 @@ def infer(
     return outcomes
 
 
-def _claim(output: Path, model: Model, jobs: list[Job], overwrite: bool) -> None:
-    """Records whose masks the folder holds, so that two models' masks never mix, whenever a run is cut off."""
+def _claim(output: Path, model: Model, jobs: list[Job], made_with: dict[str, Any], overwrite: bool) -> None:
+    """Records how the folder's masks are made, so that those of two models or ways never mix when a run is cut off."""
     record = {"recipe": model.recipe.name, "model": model.path.name, "sha256": model.sha256}
-    try:
-        present = json.loads((output / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        present = {} if any(job.mask.exists() for job in jobs) else record  # masks of unknown origin are not ours
-    if not isinstance(present, dict):
-        present = {}
+    present = read_object(output / RECORD)
+    if not present:  # masks of unknown origin are not ours
+        present = {} if any(job.mask.exists() for job in jobs) else record
+    different = differences(present, made_with, STRICT_OPTIONS)
     if present.get("sha256") != model.sha256:
-        if not overwrite:
-            whose = ", ".join(str(present[key]) for key in ("recipe", "model") if key in present)
-            raise CtsegError(
-                f"'{output}' holds masks of another model ({whose or 'of unknown origin'}); "
-                f"choose another --output, or --overwrite (without --shard) to replace them"
-            )
-        replaced = {job.mask for job in jobs}
-        masks = (path for path in sorted(output.rglob("*")) if is_mask_name(path))
-        left = [mask for mask in masks if mask not in replaced]
-        if left:
-            raise CtsegError(
-                f"'{output}' holds {len(left)} masks of another model that would stay, e.g. '{left[0]}'; "
-                f"choose another --output"
-            )
-        with output_errors(output):
-            for job in jobs:
-                job.mask.unlink(missing_ok=True)
-    write_json(output / RECORD, record)
+        whose = ", ".join(str(present[key]) for key in ("recipe", "model") if key in present)
+        _replace(output, jobs, f"masks of another model ({whose or 'of unknown origin'})", overwrite)
+        present = {}
+    elif different:
+        _replace(output, jobs, f"masks made with other options ({', '.join(different)})", overwrite)
+    write_json(output / RECORD, present | record | made_with)
+
+
+def _replace(output: Path, jobs: list[Job], what: str, overwrite: bool) -> None:
+    """Removes the masks of `jobs`, if that is allowed and leaves none of the others."""
+    if not overwrite:
+        raise CtsegError(
+            f"'{output}' holds {what}; choose another --output, or --overwrite (without --shard) to replace them"
+        )
+    replaced = {job.mask for job in jobs}
+    left = [path for path in sorted(output.rglob("*")) if is_mask_name(path) and path not in replaced]
+    if left:
+        raise CtsegError(
+            f"'{output}' holds {what}, and {len(left)} would stay, e.g. '{left[0]}'; choose another --output"
+        )
+    with output_errors(output):
+        for job in jobs:
+            job.mask.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 
 from ctseg.engine.checkpoint import BEST, save_checkpoint
 from ctseg.engine.weights import start_weights
-from ctseg.errors import DownloadError, ModelError
+from ctseg.errors import ModelError, RecipeError
 from ctseg.files import output_errors, write_json
 from ctseg.foreign.importing import WEIGHTS, Imported, Request, import_bundle, import_mmar, report
 from ctseg.progress import Progress
@@ -20,11 +20,12 @@ from ctseg.sources.archives import (
     check_obtainable,
     keep_archives,
     obtain,
+    proved,
     record,
     workplace,
 )
 from ctseg.sources.models import WEIGHTS_SUFFIXES, ModelEntry, is_model_folder, unpack_model
-from ctseg.workspace import MODELS, RECIPE_FILE
+from ctseg.workspace import MODELS, RECIPE_FILE, check_model
 
 IMPORT_REPORT = "import.json"
 """What of the original's configuration became of the recipe, and what did not."""
@@ -56,9 +57,10 @@ def download_model(
         check_obtainable(order, given)
     with workplace(target) as work:
         if work is None:
+            check_model(target)
             return target
         fetched = [] if ready else obtain(order, given, work, progress)
-        with becoming(target, work) as folder:
+        with proved(fetched, work), becoming(target, work) as folder:
             source = ready or _unpacked(fetched[0].path, folder / name, entry, progress)
             weights = install_model(source, folder, target, entry, overrides)
             about = record(name, entry.licence, entry.source, fetched)
@@ -82,7 +84,7 @@ def install_model(source: Path, folder: Path, target: Path, entry: ModelEntry, o
     """Writes the recipe and the checkpoint of a model to `folder`, which becomes `target`; how the weights fitted.
 
     Raises:
-        RecipeError: naming what the original's configuration does not say.
+        RecipeError: naming what the original's configuration, or the index, does not say.
         ModelError: if the weights hold more than plain data or do not fit the recipe's network.
     """
     changes = [*entry.overrides, *overrides]
@@ -93,7 +95,7 @@ def install_model(source: Path, folder: Path, target: Path, entry: ModelEntry, o
         imported = _imported(source, target, changes)
         recipe = imported.recipe
     else:
-        raise DownloadError(
+        raise RecipeError(
             f"'{source}': weights alone do not say which network they fit; name the whole archive or folder, or give "
             f"the entry of the index a recipe"
         )

@@ -36,7 +36,7 @@ _WRITERS: dict[str, Callable[[Path, Volume], None]] = {
     ".nrrd": itk.write_nrrd,
     ".mha": itk.write_mha,
 }
-_OTHER_SUFFIXES = {
+OTHER_SUFFIXES = {
     **dict.fromkeys((".hdr", ".img", ".hdr.gz", ".img.gz"), "a .hdr/.img pair; convert it to .nii.gz"),
     ".nhdr": "a header without its voxels; convert it to .nrrd",
     ".mhd": "a header without its voxels; convert it to .mha",
@@ -163,7 +163,7 @@ def _read(path: Path) -> Volume:
 def _read_header(path: Path) -> Header:
     suffix = _suffix(path)
     if suffix not in _READERS:
-        what = _OTHER_SUFFIXES.get(suffix)
+        what = OTHER_SUFFIXES.get(suffix)
         reason = f"'{suffix}' is {what}" if what else "its suffix is unknown; convert it"
         raise ImageError(f"{reason} (known: {', '.join(IMAGE_SUFFIXES)})")
     if path.exists() and not path.is_file():
@@ -180,7 +180,7 @@ def _read_header(path: Path) -> Header:
 def _suffix(path: Path) -> str:
     """The known suffix a name ends in, else whatever follows its last dot; lower case."""
     name = path.name.lower()
-    known = (*IMAGE_SUFFIXES, *_OTHER_SUFFIXES)
+    known = (*IMAGE_SUFFIXES, *OTHER_SUFFIXES)
     return next((suffix for suffix in known if name.endswith(suffix)), path.suffix.lower())
 
 

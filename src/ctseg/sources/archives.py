@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import ctseg
-from ctseg.errors import DownloadError, list_problems
+from ctseg.errors import DownloadError, ModelError, list_problems
 from ctseg.files import output_errors
 from ctseg.progress import Progress
 from ctseg.sources.answers import shown
@@ -81,9 +81,8 @@ def obtain(order: Order, given: Path | None, folder: Path, progress: Progress) -
 
 def _remote(order: Order, archive: Archive) -> Remote:
     what = archive.file if len(order.archives) == 1 else "FOLDER"
-    by_hand = (
-        f"fetch {shown(archive.urls[0])} on another machine, then `ctseg download {order.name} --from {what}` here"
-    )
+    files = " and ".join(shown(each.urls[0]) for each in order.archives)
+    by_hand = f"fetch {files} on another machine, then `ctseg download {order.name} --from {what}` here"
     return Remote(
         name=archive.file, urls=archive.urls, max_bytes=order.max_bytes, digests=archive.digests, by_hand=by_hand
     )
@@ -92,16 +91,20 @@ def _remote(order: Order, archive: Archive) -> Remote:
 def _find_given(order: Order, given: Path) -> list[tuple[Archive, Path]]:
     if given.is_file():
         if len(order.archives) > 1:
-            files = ", ".join(archive.file for archive in order.archives)
+            files = ", ".join(_described(archive) for archive in order.archives)
             raise DownloadError(f"--from {given}: '{order.name}' is {files}; name the folder that holds them")
         return [(order.archives[0], given)]
     if not given.is_dir():
         raise DownloadError(f"--from {given}: no such file or folder")
     found = [(archive, given / archive.file) for archive in order.archives]
-    missing = [f"no {archive.file} in it" for archive, path in found if not path.is_file()]
+    missing = [f"no {_described(archive)} in it" for archive, path in found if not path.is_file()]
     if missing:
         raise DownloadError(list_problems(f"--from {given}", missing))
     return found
+
+
+def _described(archive: Archive) -> str:
+    return f"{archive.file} ({shown(archive.urls[0])})" if archive.urls else archive.file
 
 
 def _taken(archive: Archive, path: Path, max_bytes: int, progress: Progress) -> Fetched:
@@ -176,6 +179,25 @@ def becoming(target: Path, work: Path) -> Iterator[Path]:
         except BaseException:
             _remove(folder)
             raise
+
+
+@contextmanager
+def proved(fetched: list[Fetched], work: Path) -> Iterator[None]:
+    """Removes what came without a checksum if it turns out not to be the file, e.g. the page of a login.
+
+    Raises:
+        DownloadError, ModelError: those of the block, saying so.
+    """
+    try:
+        yield
+    except (DownloadError, ModelError) as error:
+        doubtful = [archive.path for archive in fetched if archive.path.parent == work and not archive.verified]
+        with output_errors(work):
+            for path in doubtful:
+                path.unlink(missing_ok=True)
+        if not doubtful:
+            raise
+        raise type(error)(f"{error}; it was removed, run again to fetch it, or use --from") from error
 
 
 def keep_archives(fetched: list[Fetched], work: Path) -> None:

@@ -89,14 +89,14 @@ def locked(target: Path) -> Iterator[None]:
     """Lets one process at a time make `target`; the kernel forgets a process that was killed.
 
     Raises:
-        DownloadError: if another one is at it.
+        DownloadError: if another one is at it, or the file system has no locks.
     """
     make_folder(target.parent)
     path = target.with_name(f".{target.name}.lock")
     with output_errors(path):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
-        if not _lock(descriptor):
+        if not _lock(descriptor, path):
             raise DownloadError(f"'{target}': another ctseg is making it; wait for that one to end")
         try:
             yield
@@ -106,11 +106,17 @@ def locked(target: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _lock(descriptor: int) -> bool:
+def _lock(descriptor: int, path: Path) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise DownloadError(
+            f"'{path.parent}': this file system has no locks ({error.strerror}); work in a folder on another one, "
+            f"or name one with --data"
+        ) from error
     return os.fstat(descriptor).st_nlink > 0  # else the one before has just removed it
 
 

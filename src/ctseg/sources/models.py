@@ -9,10 +9,11 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
 from ctseg.errors import DownloadError, ModelError, list_problems
+from ctseg.privacy import configuration_folder
 from ctseg.progress import Progress
 from ctseg.recipe import recipe_names
 from ctseg.sources.archives import NAME, Archive
-from ctseg.sources.public import find_root
+from ctseg.sources.public import data_sets, find_root
 from ctseg.sources.unpack import opened, unpack
 from ctseg.strict import Range, read_dataclass
 
@@ -57,26 +58,28 @@ class ModelEntry:
         return (self.recipe or "").partition(":")[0]
 
 
-def user_index() -> Path:
-    """The user's own index: `$CTSEG_MODELS`, else `ctseg/models.json` in the folder of configurations."""
+def user_index() -> Path | None:
+    """The user's own index: `$CTSEG_MODELS`, else `models.json` in the folder of configurations, if there is one."""
     given = os.environ.get(INDEX_VARIABLE)
     if given:
         return Path(given)
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "ctseg" / "models.json"
+    folder = configuration_folder()
+    return None if folder is None else folder / "models.json"
 
 
 def model_index() -> dict[str, ModelEntry]:
     """Every model that can be downloaded, by name; an entry of the user's goes before a shipped one.
+
+    An index that nobody asked for is left out where it cannot be read: jobs may run as users without a home.
 
     Raises:
         ModelError: naming every problem of an index at once.
     """
     index = read_index(Path(__file__).with_name("models.json"))
     own = user_index()
-    if own.exists():
+    asked = bool(os.environ.get(INDEX_VARIABLE))
+    if own is not None and (asked or os.access(own, os.R_OK)):
         index |= read_index(own)
-    elif os.environ.get(INDEX_VARIABLE):
-        raise ModelError(f"{INDEX_VARIABLE}: '{own}': no such file")
     return index
 
 
@@ -90,15 +93,18 @@ def read_index(path: Path) -> dict[str, ModelEntry]:
         if path.stat().st_size > MAX_INDEX_BYTES:
             raise ModelError(f"model index '{path}': larger than {MAX_INDEX_BYTES >> 20} MiB, not an index")
         data: Any = json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError as error:
+        raise ModelError(f"model index '{path}': no such file") from error
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"model index '{path}': cannot be read: {error}") from error
     if not isinstance(data, dict):
         raise ModelError(f"model index '{path}': expected an object of models by name, got {type(data).__name__}")
     problems: list[str] = []
     index = {}
+    taken = {*recipe_names(), *data_sets()}
     for name, content in data.items():
-        if not NAME.fullmatch(name) or name in recipe_names():
-            problems.append(f"{name!r:.80}: expected a plain name that no recipe has")
+        if not NAME.fullmatch(name) or name in taken:
+            problems.append(f"{name!r:.80}: expected a plain name that no recipe and no data set has")
         entry = read_dataclass(ModelEntry, content, name, problems)
         if entry is not None:
             index[name] = entry

@@ -20,6 +20,7 @@ from ctseg.sources.archives import (
     check_obtainable,
     keep_archives,
     obtain,
+    proved,
     read_record,
     record,
     workplace,
@@ -123,7 +124,7 @@ def download_data_set(
             return _there(data_set, target)
         fetched = obtain(order, given, work, progress)
         about = record(data_set.name, data_set.licence, data_set.source, fetched)
-        with becoming(target, work) as folder:
+        with proved(fetched, work), becoming(target, work) as folder:
             for archive, file in zip(download.archives, fetched, strict=True):
                 _unpack(data_set, archive, file, folder, progress)
             write_json(folder / SOURCE_FILE, about)

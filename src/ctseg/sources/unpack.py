@@ -32,7 +32,11 @@ SMALL_BYTES = 64 * 2**20
 """Up to here any ratio is harmless."""
 MAX_NAME = 1000
 ZIP_HEADER_BYTES = 30
-MAX_TEXT_BYTES = 1 << 20
+MAX_DIRECTORY_BYTES = 16 * 2**20
+"""Of a zip; a member takes some 100 of them and thousands of memory."""
+MAX_TEXT_BYTES = 1 << 16
+MAX_TEXTS_BYTES = 64 * 2**20
+"""Of all headers of a tar that hold text."""
 TEXT_TYPES = (
     tarfile.XHDTYPE,
     tarfile.XGLTYPE,
@@ -65,13 +69,15 @@ def opened(path: Path, max_bytes: int) -> Iterator[tuple[Member, ...]]:
     """
     try:
         packed_bytes = path.stat().st_size
-        zipped = zipfile.is_zipfile(path) and not tarfile.is_tarfile(path)
-        archive: Any = zipfile.ZipFile(path) if zipped else tarfile.open(path, tarinfo=_Header)  # noqa: SIM115  # closed below
+        archive = _open(path)
+    except CtsegError as error:
+        raise DownloadError(f"archive '{path}': {error}") from error
     except Exception as error:  # the parsers raise anything over damaged bytes
         raise DownloadError(f"archive '{path}': damaged, or neither tar nor zip ({_reason(error)})") from error
     with archive:
         limit = min(max_bytes, max(SMALL_BYTES, MAX_RATIO * packed_bytes))
         try:
+            zipped = isinstance(archive, zipfile.ZipFile)
             found = _zip_members(archive, limit) if zipped else _tar_members(archive, limit)
         except CtsegError as error:
             raise DownloadError(f"archive '{path}': {error}") from error
@@ -120,26 +126,66 @@ def _blocks(member: Member) -> Iterator[bytes]:
         raise DownloadError(f"'{_shown(member.path)}' in the archive is not of the size that its header says")
 
 
-class _Header(tarfile.TarInfo):
-    """A header of a tar. Those that hold a long name or other text are read into memory: no more than they need."""
+def _open(path: Path) -> Any:
+    """The archive, closed by the caller. A tar if it can be one: a zip may stand at the end of any file."""
+    try:
+        return _Tar.open(path)
+    except tarfile.ReadError:
+        if not zipfile.is_zipfile(path):
+            raise
+    with path.open("rb") as file:
+        directory_bytes = zipfile._EndRecData(file)[5]  # type: ignore[attr-defined]  # ZipFile reads so many, unasked
+    if directory_bytes > MAX_DIRECTORY_BYTES:
+        raise DownloadError(f"more than {MAX_DIRECTORY_BYTES >> 20} MiB of names; refused")
+    return zipfile.ZipFile(path)
 
-    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
-        if self.type in TEXT_TYPES and self.size > MAX_TEXT_BYTES:
-            raise tarfile.ReadError("a header of it is too long")
+
+class _Header(tarfile.TarInfo):
+    """A header of a tar. Those that hold text, or the map of a sparse file, are read into memory at once."""
+
+    def _proc_member(self, archive: _Tar) -> tarfile.TarInfo:
+        if self.type == tarfile.GNUTYPE_SPARSE:
+            self._refuse_sparse()
+        if self.type in TEXT_TYPES:
+            archive.text_bytes += self.size
+            if self.size > MAX_TEXT_BYTES or archive.text_bytes > MAX_TEXTS_BYTES:
+                raise DownloadError("a header of it is too long, or all of them are; refused")
+        _check_size(self)
+        archive.pax_headers = {}  # those for all members: each would hold a copy
         member: tarfile.TarInfo = super()._proc_member(archive)  # type: ignore[misc]  # not in the stubs
+        _check_size(member)
+        member.pax_headers = {}
         return member
+
+    def _refuse_sparse(self, *_: object) -> None:
+        raise DownloadError("must not be unpacked: a sparse file is in it")
+
+    _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = _refuse_sparse
+
+
+class _Tar(tarfile.TarFile):
+    """A tar that counts the text in its headers."""
+
+    tarinfo = _Header
+    text_bytes = 0
+
+
+def _check_size(member: tarfile.TarInfo) -> None:
+    """Refuses a negative size, which leads back: to an archive without end, or to reading all that follows."""
+    if member.size < 0:
+        raise DownloadError(f"must not be unpacked: '{_shown(PurePosixPath(member.name))}': of negative size")
 
 
 def _tar_members(archive: tarfile.TarFile, limit: int) -> tuple[Member, ...]:
     judge = _Judge(limit)
     for info in archive:  # one header after the other: a bomb is noticed before its data is passed over
-        kind = "" if info.isreg() and not info.issparse() else "a folder" if info.isdir() else _tar_kind(info)
+        kind = "" if info.isreg() else "a folder" if info.isdir() else _tar_kind(info)
         judge.take(info.name, info.size, kind, partial(_tar_file, archive, info))
     return judge.members()
 
 
 def _tar_kind(info: tarfile.TarInfo) -> str:
-    return "a link" if info.issym() or info.islnk() else "a sparse file" if info.issparse() else "a device"
+    return "a link" if info.issym() or info.islnk() else "a device"
 
 
 def _tar_file(archive: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:
@@ -180,13 +226,13 @@ class _Judge:
     def take(self, name: str, num_bytes: int, kind: str, open_it: Callable[[], IO[bytes]]) -> None:
         """Judges a member; `kind` is "" for a plain file."""
         self._count += 1
-        self._bytes += max(num_bytes, 0)
+        self._bytes += num_bytes
         if self._count > MAX_MEMBERS:
             raise DownloadError(f"more than {MAX_MEMBERS} members; refused")
         if self._bytes > self._limit:
             raise DownloadError(f"unpacks to more than {self._limit / 1e9:.1f} GB; refused")
         path = PurePosixPath(name)
-        problem = _name_problem(name) or ("of negative size" if num_bytes < 0 else "")
+        problem = _name_problem(name)
         if not problem and kind not in ("", "a folder"):
             problem = kind
         if not problem and kind == "" and not _is_junk(path):

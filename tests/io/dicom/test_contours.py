@@ -5,6 +5,8 @@ import pytest
 from matplotlib.path import Path as Polygon
 from numpy.typing import NDArray
 
+from ctseg.errors import ImageError
+from ctseg.io.dicom import contours
 from ctseg.io.dicom.contours import fill, fill_all, outlines
 
 
@@ -128,3 +130,16 @@ def test_inner_contours_are_holes_and_islands_and_others_unite() -> None:
     np.testing.assert_array_equal(fill_all(nested, size), expected)
     overlapping = [square(1.5, 9.5), square(5.5, 15.5)]
     np.testing.assert_array_equal(fill_all(overlapping, size), fill(overlapping[0], size) | fill(overlapping[1], size))
+
+
+def test_thousands_of_large_contours_take_little_memory(at_most, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(0)
+    shaken = [
+        np.array([[0, 0], [511, generator.uniform(0, 9)], [510, 511], [generator.uniform(0, 9), 509]])
+        for _ in range(100)
+    ]
+    with at_most(2**24):  # as bytes they would take 26 MB
+        fill_all(shaken, (512, 512))
+    monkeypatch.setattr(contours, "MAX_PART_BYTES", 2**20)
+    with pytest.raises(ImageError, match="large contours on one slice are more than can be trusted"):
+        fill_all(shaken, (512, 512))

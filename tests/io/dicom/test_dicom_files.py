@@ -13,7 +13,7 @@ import pytest
 
 from ctseg.errors import ImageError
 from ctseg.io.dicom import files
-from ctseg.io.dicom.files import list_sources
+from ctseg.io.dicom.files import Source, list_sources
 from ctseg.io.dicom.read import find_series, read_series, select_series
 
 Maker = Callable[..., Path]
@@ -95,6 +95,54 @@ def test_a_dicomdir_and_other_objects_are_no_series(make_series: Maker, series_p
     assert found.not_dicom == 1
 
 
+def test_a_damaged_archive_below_a_folder_is_left_out(make_series: Maker):
+    folder = make_series()
+    (folder / "notes.zip").write_bytes(b"PK\x03\x04 and no more")
+    found = find_series([folder])
+    assert len(found.series[0]) == 6
+    assert [name for name, _ in found.rejected] == [f"{folder}: file #1"]
+    assert found.rejected[0][1].startswith("not a sound zip archive")
+    assert "not a sound zip archive" in refusal(folder / "notes.zip")
+
+
+def test_names_inside_what_the_user_named_are_not_told(make_series: Maker, tmp_path: Path):
+    """Archives name folders by patient; only who keeps identifiers gets to see that."""
+    folder = make_series(name="archive/Muster^Maria_19500101")
+    path = folder / "slice003.dcm"
+    path.write_bytes(path.read_bytes()[:-60])
+    zipped = pack(folder, tmp_path / "s.zip", inside="Muster^Maria_19500101")
+    for root, full in ((tmp_path / "archive", path), (zipped, f"{zipped}:Muster^Maria_19500101/slice003.dcm")):
+        (series,) = find_series([root]).series
+        told = [problem.text for problem in series.problems]
+        if not told:
+            with pytest.raises(ImageError) as caught:
+                read_series(series)
+            told = [str(caught.value)]
+        assert f"'{root}: file #4'" in told[0]
+        assert "Muster" not in told[0]
+        assert series.slices[0].source.shown == f"{root}: file #1"
+        sources, _ = list_sources([root])
+        assert sources[3].full == str(full)
+
+
+def test_a_file_that_is_gone_does_not_tell_its_name(make_series: Maker, tmp_path: Path):
+    folder = make_series(name="archive/Muster^Maria")
+    (series,) = find_series([tmp_path / "archive"]).series
+    for path in folder.iterdir():
+        path.unlink()
+    with pytest.raises(ImageError) as caught:
+        read_series(series)
+    assert "No such file" in str(caught.value)
+    assert "Muster" not in str(caught.value)
+
+
+def test_what_the_user_named_is_told_without_uids():
+    path = Path("1.2.840.99999.1") / "a.dcm"
+    assert Source(Path("a.dcm"), root=Path("a.dcm"), number=7).shown == "a.dcm"
+    assert Source(path, root=path, number=7).shown == "<uid>/a.dcm: file #7"
+    assert Source(path, root=path.parent, number=7).shown == "<uid>: file #7"
+
+
 def test_missing_paths_and_devices(tmp_path: Path):
     assert "no such file or folder" in refusal(tmp_path / "nowhere")
     os.mkfifo(tmp_path / "pipe")
@@ -112,7 +160,7 @@ def test_links_out_of_the_folder_are_left_out_and_told(make_series: Maker, tmp_p
     (folder / "dangling").symlink_to(folder / "gone")
     sources, left_out = list_sources([folder])
     assert len(sources) == 6
-    assert sorted(Path(name).name for name, _ in left_out) == ["dangling", "loop", "out", "out folder"]
+    assert sorted(source.path.name for source, _ in left_out) == ["dangling", "loop", "out", "out folder"]
 
 
 def test_too_many_files(make_series: Maker, monkeypatch: pytest.MonkeyPatch):
@@ -201,5 +249,6 @@ class TestArchives:
         raw[place] ^= 0xFF
         archive.write_bytes(raw)
         (series,) = find_series([archive]).series
-        with pytest.raises(ImageError, match="cannot read"):
+        with pytest.raises(ImageError, match="cannot read") as caught:
             read_series(series)
+        assert "study/series" not in str(caught.value)

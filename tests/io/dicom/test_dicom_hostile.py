@@ -3,22 +3,28 @@
 Native decoders could take the process down, so the damaged files are read in a process of their own.
 """
 
+import itertools
 import random
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import gdcm
 import numpy as np
 import pydicom
 import pydicom.data
 import pytest
-from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless, JPEGLSLossless, RLELossless
+import SimpleITK
+from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless, JPEGLSLossless, RLELossless, generate_uid
 
 from ctseg.errors import CtsegError, ImageError
+from ctseg.io.dicom import seg_pixels
 from ctseg.io.dicom.codestream import check_codestream
 from ctseg.io.dicom.read import find_series, read_series
 from ctseg.io.dicom.series import Series
+from dicom_maker import CT_IMAGE
 
 Maker = Callable[..., Path]
 
@@ -105,6 +111,167 @@ def damaged(data: bytearray, chance: random.Random) -> bytes:
     return bytes(data[: chance.randrange(low, high)] if chance.random() < 0.15 else data)
 
 
+def jpeg_lossless(folder: Path) -> Path:
+    """The folder, the pixels of its files packed as JPEG lossless by GDCM."""
+    for path in folder.iterdir():
+        reader, change, writer = gdcm.ImageReader(), gdcm.ImageChangeTransferSyntax(), gdcm.ImageWriter()
+        reader.SetFileName(str(path))
+        assert reader.Read()
+        change.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.JPEGLosslessProcess14_1))
+        change.SetInput(reader.GetImage())
+        assert change.Change()
+        writer.SetFileName(str(path))
+        writer.SetFile(reader.GetFile())
+        writer.SetImage(change.GetOutput())
+        assert writer.Write()
+    return folder
+
+
+def jpeg_of_12_bits(folder: Path, **tags: Any) -> Path:
+    """A series of three slices, each the extended JPEG of 12 bits that comes with pydicom."""
+    dataset = pydicom.dcmread(Path(pydicom.data.__file__).parent / "test_files" / "JPGExtended.dcm")
+    folder.mkdir()
+    common = {"Modality": "CT", "SOPClassUID": CT_IMAGE, "ImageType": ["ORIGINAL", "PRIMARY", "AXIAL"]}
+    geometry = {"ImageOrientationPatient": [1, 0, 0, 0, 1, 0], "PixelSpacing": [1, 1], "RescaleSlope": 1}
+    for n in range(3):
+        place = {"ImagePositionPatient": [0, 0, 5 * n], "SOPInstanceUID": generate_uid(), "RescaleIntercept": -1024}
+        for keyword, value in {**common, **geometry, **place, **tags}.items():
+            setattr(dataset, keyword, value)
+        dataset.save_as(folder / f"{n}.dcm")
+    return folder
+
+
+@pytest.mark.parametrize("kind", [JPEG2000Lossless, JPEGLSLossless, RLELossless, "lossless", "extended"])
+def test_bits_that_the_compressed_pixels_do_not_have(series_plan, make_series: Maker, tmp_path: Path, kind: str):
+    """GDCM writes past its memory, and ends the process, where more bits come than were promised."""
+    if kind == "extended":
+        source = jpeg_of_12_bits(tmp_path / "source")
+    else:
+        syntax = {"syntax": kind} if kind != "lossless" else {}
+        source = make_series(series_plan(size=(64, 48, 2), **syntax), "source")
+        source = jpeg_lossless(source) if kind == "lossless" else source
+    datasets = [pydicom.dcmread(path) for path in sorted(source.iterdir())]
+    lies = list(itertools.product((8, 16, 32), (1, 8, 12, 16, 32), (0, 1)))
+    for number, (allocated, stored, signed) in enumerate(lies):
+        folder = tmp_path / "lies" / f"{number:03}"
+        folder.mkdir(parents=True)
+        for n, dataset in enumerate(datasets):
+            dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = allocated, stored, stored - 1
+            dataset.PixelRepresentation = signed
+            dataset.save_as(folder / f"{n}.dcm")
+    read, refused, _ = read_all(tmp_path / "lies")
+    assert read + refused == len(lies)
+    assert refused >= 20
+    if kind != RLELossless:
+        message = outcome_of(find_series([tmp_path / "lies" / f"{len(lies) - 1:03}"]).series[0])
+        bits = 12 if kind == "extended" else 16
+        assert f"its compressed pixels have {bits} bits, its header promises 32" in str(message)
+
+
+def test_bits_that_the_frames_of_a_seg_do_not_have(series_plan, make_series: Maker):
+    dataset = pydicom.dcmread(make_series(series_plan(size=(64, 48, 1), syntax=JPEG2000Lossless)) / "slice000.dcm")
+    dataset.NumberOfFrames = 1
+    assert next(seg_pixels.decode(dataset, [0])).shape == (48, 64)
+    dataset.BitsAllocated = 8
+    with pytest.raises(ImageError, match="its compressed pixels have 16 bits, its header promises 8"):
+        next(seg_pixels.decode(dataset, [0]))
+
+
+@pytest.mark.parametrize("signed", [0, 1])
+def test_a_jpeg_of_12_bits_is_read_as_gdcm_does(tmp_path: Path, signed: int):
+    folder = jpeg_of_12_bits(tmp_path / "series", PixelRepresentation=signed)
+    for path in folder.iterdir():  # its own quantisation leaves the highest bit unused
+        data = path.read_bytes()
+        table = data.index(b"\xff\xdb") + 5
+        path.write_bytes(data[:table] + b"\x01" + b"\xff" * 63 + data[table + 64 :])
+    reader = SimpleITK.ImageSeriesReader()
+    reader.SetFileNames([str(path) for path in sorted(folder.iterdir())])
+    expected = SimpleITK.GetArrayFromImage(reader.Execute()).T
+    array = read_series(find_series([folder]).series[0]).volume.array
+    assert (expected.min() < -1024) == bool(signed)
+    np.testing.assert_array_equal(array, expected)
+
+
+class TestBrokenSlices:
+    """A slice that cannot be used is never dropped in silence: the series would end early."""
+
+    @pytest.mark.parametrize("fault", ["cut short", "no rows", "no pixels"])
+    def test_one_at_the_end_is_a_problem_of_its_series(self, series_plan, make_series: Maker, fault: str):
+        folder = make_series(series_plan())
+        path = folder / "slice005.dcm"
+        if fault == "cut short":
+            path.write_bytes(path.read_bytes()[:-300])
+            assert b"\x20\0\x0e\0UI" in path.read_bytes()
+        else:
+            dataset = pydicom.dcmread(path)
+            del dataset["Rows" if fault == "no rows" else "PixelData"]
+            dataset.save_as(path)
+        found = find_series([folder])
+        (series,) = found.series
+        assert (len(series), found.rejected) == (5, ())
+        assert [problem.code for problem in series.problems] == ["broken-files"]
+        expected = r"1 file.s. of this series cannot be read .the first, '.*series: file #6': .*; copy them again"
+        with pytest.raises(ImageError, match=expected):
+            read_series(series)
+
+    def test_one_that_names_no_series_is_listed(self, make_series: Maker):
+        folder = make_series()
+        path = folder / "slice005.dcm"
+        path.write_bytes(path.read_bytes()[:600])
+        found = find_series([folder])
+        assert found.rejected[0][0] == f"{folder}: file #6"
+        assert not found.series[0].problems
+
+    def test_a_series_of_which_nothing_is_left(self, make_series: Maker):
+        folder = make_series()
+        for path in folder.iterdir():
+            path.write_bytes(path.read_bytes()[:-300])
+        found = find_series([folder])
+        assert (found.series, len(found.rejected)) == ((), 6)
+
+
+def test_more_pixels_than_promised_are_refused(series_plan, make_series: Maker):
+    """A header with fewer rows than there are would leave the rest of every image out."""
+    folder = make_series(series_plan(tags={"Rows": 5}))
+    message = outcome_of(find_series([folder]).series[0])
+    assert "damaged header: 126 bytes of pixels, its header promises 90" in str(message)
+
+
+def test_an_odd_number_of_bytes_is_padded(series_plan, make_series: Maker):
+    plan = series_plan(bits=(8, 8), signed=False, rescale=lambda n: (1, -1024), hu=lambda p: p[..., 0] - 900)
+    assert outcome_of(find_series([make_series(plan)]).series[0]) is None
+
+
+def test_frames_without_a_place_are_refused(series_plan, make_series: Maker):
+    def double(dataset, n: int) -> None:
+        dataset.NumberOfFrames = 2
+        dataset.PixelData = dataset.PixelData * 2
+
+    (series,) = find_series([make_series(series_plan(change=double))]).series
+    assert [problem.code for problem in series.problems] == ["frames"]
+    assert "a file holds 2 frames without a place of their own" in str(outcome_of(series))
+
+
+def test_a_copy_of_a_multi_frame_file_is_decoded_once(series_plan, make_enhanced: Maker, monkeypatch):
+    from ctseg.io.dicom import pixels
+
+    path = make_enhanced(series_plan(size=(9, 7, 40), syntax=RLELossless))
+    path.with_name("copy.dcm").write_bytes(path.read_bytes())
+    read_bytes, calls = pixels.read_bytes, []
+    monkeypatch.setattr(pixels, "read_bytes", lambda *args: (calls.append(args), read_bytes(*args))[1])
+    ct = read_series(find_series([path, path.with_name("copy.dcm")]).series[0])
+    assert ct.report.dropped_duplicates == 40
+    assert len(calls) == 3  # both for their digests, one for its voxels
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_control_characters_of_a_header_stay_off_the_terminal(series_plan, make_series: Maker):
+    series = find_series([make_series(series_plan(tags={"Modality": "X\x1b[2J" + "y" * 99}), "kind")]).series[0]
+    assert (series.kind[:6], len(series.kind)) == ("X?[2Jy", 64)
+    series = find_series([make_series(series_plan(tags={"RescaleType": "X\x1b[2J"}), "units")]).series[0]
+    assert "its values are X?[2J by RescaleType" in series.problems[0].text
+
+
 def test_sequences_nested_without_end(series_plan, make_series: Maker):
     folder = make_series(series_plan())
     path = folder / "slice002.dcm"
@@ -113,7 +280,8 @@ def test_sequences_nested_without_end(series_plan, make_series: Maker):
     deep = (b"\x08\x00\x40\x11SQ\0\0\xff\xff\xff\xff" + b"\xfe\xff\x00\xe0\xff\xff\xff\xff") * 20000
     path.write_bytes(data[:start] + deep + data[start:])
     found = find_series([folder])
-    assert [name for name, _ in found.rejected] == [str(path)]
+    assert [name for name, _ in found.rejected] == [f"{folder}: file #3"]
+    assert found.full_names == {f"{folder}: file #3": str(path)}
 
 
 def test_a_header_that_is_sound_only_where_it_is_looked_at(series_plan, make_series: Maker):
@@ -124,7 +292,7 @@ def test_a_header_that_is_sound_only_where_it_is_looked_at(series_plan, make_ser
         path.unlink()
     assert series.value("SeriesDescription") is None
     assert series.value("Modality") == "CT"
-    with pytest.raises(ImageError, match=r"cannot read '.*slice000.dcm': .*No such file"):
+    with pytest.raises(ImageError, match=r"cannot read '.*series: file #1': No such file"):
         series.slices[0].header.get("PatientID")
     with pytest.raises(ImageError, match=r"cannot read series #1 .CT, 6 slices of 9 x 7, every 2.50 mm.: cannot read"):
         read_series(series)
@@ -164,7 +332,7 @@ def test_a_codestream_larger_than_its_header_says_is_not_unpacked(
 
 
 FRAME = b"\xff\xc3\x00\x0b\x10\x00\x10\x00\x20\x01\x01\x11\x00"
-JPEG2000 = b"\xff\x4f\xff\x51" + bytes(7) + b"\x20\0\0\0\x10" + bytes(25) + b"\x01"
+JPEG2000 = b"\xff\x4f\xff\x51" + bytes(7) + b"\x20\0\0\0\x10" + bytes(25) + b"\x01\x8b"
 SCAN = b"\xff\xda\x00\x08\x01\x01\x00\x01\x00\x00"
 TABLES = b"\xff\xc4\x00\x15\x00" + b"\x02" + bytes(15) + b"\x05\x06"
 
@@ -186,16 +354,20 @@ TABLES = b"\xff\xc4\x00\x15\x00" + b"\x02" + bytes(15) + b"\x05\x06"
         (b"\xff\xd8" + FRAME.replace(b"\x20\x01", b"\x21\x01") + SCAN, "33 x 16 of 1 colours"),
         (b"\0\0\0\x0cjP  " + bytes(40) + JPEG2000, None),
         (JPEG2000.replace(b"\x20", b"\x21"), "33 x 16 of 1 colours"),
+        (b"\xff\xd8" + FRAME.replace(b"\x0b\x10", b"\x0b\x08") + SCAN, "have 8 bits, its header promises 16"),
+        (b"\xff\xd8" + FRAME.replace(b"\x0b\x10", b"\x0b\x0c") + SCAN, None),
+        (JPEG2000[:-1] + b"\x87", "have 8 bits, its header promises 16"),
+        (JPEG2000[:-1], "have 0 bits, its header promises 16"),
         (b"", "no JPEG of any kind"),
     ],
 )
 def test_what_a_codestream_says_is_checked(data: bytes, fault: str | None):
     """A decoder of GDCM ends the process on broken markers."""
     if fault is None:
-        check_codestream(data, (32, 16))
+        check_codestream(data, (32, 16), 16)
     else:
         with pytest.raises(ImageError, match=fault):
-            check_codestream(data, (32, 16))
+            check_codestream(data, (32, 16), 16)
 
 
 def test_a_deflated_bomb_is_not_inflated(series_plan, make_series: Maker, at_most, monkeypatch: pytest.MonkeyPatch):

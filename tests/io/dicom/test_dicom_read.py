@@ -303,6 +303,18 @@ class TestDuplicates:
         with pytest.raises(CtsegError, match="there are 2 CT series"):
             select_series(found, None)
 
+    @pytest.mark.parametrize("keyword", ["AcquisitionNumber", "TemporalPositionIdentifier"])
+    def test_two_acquisitions_half_a_slice_apart_are_two(self, series_plan, make_series: Maker, keyword: str):
+        """Together they look like one even stack of twice as many slices."""
+        uid = {"SeriesInstanceUID": "1.2.3.4.5.6", "FrameOfReferenceUID": "1.2.3.4.5.7"}
+        first = series_plan(tags={**uid, keyword: 1})
+        second = series_plan(tags={**uid, keyword: 2}, origin_mm=(-20.0, 15.5, 102.5), hu=lambda p: p[..., 0])
+        make_series(first, prefix="first")
+        found = find_series([make_series(second, prefix="second")])
+        assert [len(one) for one in found.series] == [6, 6]
+        for one, plan in zip(found.series, (first, second), strict=True):
+            assert_right_everywhere(read_series(one), plan)
+
     def test_an_acquisition_number_that_changes_along_the_stack_splits_nothing(self, series_plan, make_series: Maker):
         plan = series_plan(change=lambda dataset, n: setattr(dataset, "AcquisitionNumber", 1 + n // 3))
         assert_right_everywhere(read(make_series(plan)), plan)

@@ -136,9 +136,15 @@ def test_an_empty_structure_has_no_contours(series_plan, make_series: Maker, tmp
     labels = np.zeros(ct.volume.geometry.size, np.uint8)
     labels[2, 2, 2] = 2
     assert write(tmp_path / "rt.dcm", ct, labels) == ("'spleen' is nowhere: its ROI has no contours",)
-    found = read_labels([pydicom.dcmread(tmp_path / "rt.dcm")], ct, BOTH)
+    objects = [pydicom.dcmread(tmp_path / "rt.dcm")]
+    found = read_labels(objects, ct, BOTH, allow_missing=True)
     np.testing.assert_array_equal(found.labels.array, labels)
-    assert found.notes == ("ROI #1: no closed contour, so it is empty",)
+    assert found.notes == (
+        "ROI #1: no closed contour, so it is empty",
+        "label 1 (#1 'spleen') has no voxel on the CT",
+    )
+    with pytest.raises(ImageError, match=r"label 1 \(#1 'spleen'\) has no voxel on the CT; ROI #1: no closed contour"):
+        read_labels(objects, ct, BOTH)
 
 
 def test_tilted_and_gappy_and_multi_frame_series(
@@ -266,7 +272,26 @@ def test_what_encloses_nothing_is_left_out_and_told(ct: DicomCT) -> None:
         "ROI #1: 1 x OPEN_PLANAR left out",
         "ROI #1: 1 x contour of fewer than 3 points left out",
     )
-    assert read(structure_set(("a", [])), ct).notes == ("ROI #1: no closed contour, so it is empty",)
+    with pytest.raises(
+        ImageError, match=r"label 1 .* has no voxel on the CT; ROI #1: no closed contour, so it is empty"
+    ):
+        read(structure_set(("a", [])), ct)
+
+
+@pytest.mark.parametrize("shift", [(500, 0, 0), (-500, 0, 0), (0, 500, 0), (0, -500, 0), (19, 0, 0), (0, 0, 500)])
+def test_contours_outside_the_image_are_no_empty_label_map(ct: DicomCT, shift: tuple[int, int, int]) -> None:
+    away = square(2.5, 11.5) + np.array(shift)
+    lost = structure_set(("a", closed(away)), ("b", closed(square(1.5, 5.5))))
+    where = "above or below all images" if shift[2] else "beside the images"
+    for choices in (["1=a"], ["1=a", "2=b"]):
+        with pytest.raises(ImageError, match=rf"label 1 \(#1 'a'\) has no voxel on the CT; ROI #1: 1 contours {where}"):
+            read(lost, ct, *choices)
+    found = read(lost, ct, "1=a", "2=b", allow_missing=True)
+    assert np.bincount(found.labels.array.ravel(), minlength=3).tolist()[1:] == [0, 16]
+    assert "label 1 (#1 'a') has no voxel on the CT" in found.notes
+    partly = read(structure_set(("a", closed(square(2.5, 11.5), away))), ct)
+    assert partly.labels.array.sum() == 81
+    assert any(f"1 contours {where}" in note for note in partly.notes)
 
 
 def test_contours_lie_on_images_or_are_refused(ct: DicomCT) -> None:

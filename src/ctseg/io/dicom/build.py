@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ctseg.errors import ImageError
 from ctseg.io import MAX_VOXELS
 from ctseg.io.dicom.geometry import at_one_position
-from ctseg.io.dicom.pixels import same_pixels
+from ctseg.io.dicom.pixels import pixel_digests
 from ctseg.io.dicom.resample import shear_margins
 from ctseg.io.dicom.series import SeriesGeometry, Slice
 from ctseg.volume import Geometry
@@ -24,7 +24,9 @@ def without_duplicates(slices: Sequence[Slice]) -> list[Slice]:
         ImageError: if slices at one position hold different pixels.
     """
     runs = at_one_position(slices)
-    differ = [run[0] for run in runs if len(run) > 1 and not same_pixels(run)]
+    shared = [run for run in runs if len(run) > 1]
+    digests = pixel_digests([one for run in shared for one in run])
+    differ = [run[0] for run in shared if len({(digests[one], one.rescale) for one in run}) > 1]
     if differ:
         place = float(differ[0].position_mm @ differ[0].normal)
         raise ImageError(

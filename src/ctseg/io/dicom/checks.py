@@ -10,8 +10,10 @@ import pydicom
 
 from ctseg.io import MAX_VOXELS
 from ctseg.io.dicom import jpeg12
+from ctseg.io.dicom.frames import LONGEST_TEXT, integer
 from ctseg.io.dicom.geometry import geometry_notes, geometry_problems, measure, shown
 from ctseg.io.dicom.series import Finding, Series, Slice
+from ctseg.progress import printable
 
 
 def judge(series: Series, series_of_its_uid: int = 1) -> Series:
@@ -58,6 +60,12 @@ def _single(slices: Sequence[Slice]) -> Iterator[str]:
         yield "a single slice is no volume; name the folder of its series"
 
 
+def _placeless_frames(slices: Sequence[Slice]) -> Iterator[str]:
+    frames = max((integer(one.value("NumberOfFrames")) or 1 for one in slices if one.frame is None), default=1)
+    if frames > 1:
+        yield f"a file holds {frames} frames without a place of their own; export it as Enhanced CT or single images"
+
+
 def _frames_of_reference(slices: Sequence[Slice]) -> Iterator[str]:
     uids = {str(one.value("FrameOfReferenceUID")) for one in slices}
     if len(uids) > 1:
@@ -102,7 +110,7 @@ def _transfer_syntaxes(slices: Sequence[Slice]) -> Iterator[str]:
         except NotImplementedError:
             available = False
         if not available:
-            name = pydicom.uid.UID(uid).name[:64]
+            name = printable(pydicom.uid.UID(uid).name)[:LONGEST_TEXT]
             yield f"nothing here unpacks pixels of '{name}'; convert it to Explicit VR Little Endian"
 
 
@@ -132,6 +140,7 @@ _HEADER_CHECKS: dict[str, Callable[[Sequence[Slice]], Iterator[str]]] = {
     "position": _positions,
     "orientation": _axes,
     "pixel-spacing": _pixel_spacing,
+    "frames": _placeless_frames,
     "frame-of-reference": _frames_of_reference,
     "rescale": _rescale,
     "units": _units,

@@ -16,8 +16,13 @@ _SCAN = 0xDA
 _JPEG2000 = b"\xff\x4f\xff\x51"
 
 
-def check_codestream(data: bytes, size: tuple[int, int]) -> None:
-    """Passes if a JPEG, JPEG-LS or JPEG 2000 codestream is grey, of `size` (columns, rows), and whole up to its scan.
+def check_codestream(data: bytes, size: tuple[int, int], bits_allocated: int) -> int:
+    """The bits per pixel of a JPEG, JPEG-LS or JPEG 2000 codestream that is what its header promises.
+
+    Args:
+        data: The codestream. It must be grey and whole up to its scan.
+        size: Columns, rows.
+        bits_allocated: What a pixel takes once unpacked; the bits of the codestream, rounded up to bytes.
 
     Raises:
         ImageError: saying what is wrong.
@@ -26,20 +31,27 @@ def check_codestream(data: bytes, size: tuple[int, int]) -> None:
         data = data[max(0, data.find(_JPEG2000, 0, 1024)) :]
     if data[:4] == _JPEG2000:
         x_end, y_end, x_start, y_start = (int.from_bytes(data[n : n + 4], "big") for n in (8, 12, 16, 20))
-        promised, components = (x_end - x_start, y_end - y_start), int.from_bytes(data[40:42], "big")
+        found, components = (x_end - x_start, y_end - y_start), int.from_bytes(data[40:42], "big")
+        precision = (data[42] & 0x7F) + 1 if len(data) > 42 else 0
     elif data[:2] == b"\xff\xd8":
-        promised, components = _jpeg_frame(data)
+        found, components, precision = _jpeg_frame(data)
     else:
         raise ImageError("its compressed pixels are no JPEG of any kind; copy it again from its source")
-    if promised != size or components != 1:
+    if found != size or components != 1:
         raise ImageError(
-            f"its compressed pixels are {promised[0]} x {promised[1]} of {components} colours, its header promises "
+            f"its compressed pixels are {found[0]} x {found[1]} of {components} colours, its header promises "
             f"{size[0]} x {size[1]} of 1; copy it again from its source"
         )
+    if bits_allocated not in (-(-precision // 8) * 8, precision):
+        raise ImageError(
+            f"its compressed pixels have {precision} bits, its header promises {bits_allocated}; copy it again from "
+            f"its source"
+        )
+    return precision
 
 
-def _jpeg_frame(data: bytes) -> tuple[tuple[int, int], int]:
-    """(columns, rows) and components of the one frame header; every segment up to the first scan must be sound."""
+def _jpeg_frame(data: bytes) -> tuple[tuple[int, int], int, int]:
+    """(columns, rows), components and bits of the one frame header; all segments up to the first scan must be sound."""
     frame = b""
     place = 2
     while data[place : place + 1] == b"\xff":
@@ -53,7 +65,7 @@ def _jpeg_frame(data: bytes) -> tuple[tuple[int, int], int]:
             break
         if marker == _SCAN and frame and len(segment) == 4 + 2 * segment[0]:
             rows, columns = (int.from_bytes(frame[n : n + 2], "big") for n in (1, 3))
-            return (columns, rows), frame[5]
+            return (columns, rows), frame[5], frame[0]
         if marker in _FRAME_HEADERS and not frame and len(segment) >= 6 and len(segment) == 6 + 3 * segment[5]:
             frame = segment
         elif marker not in _OTHER_SEGMENTS or (marker == _HUFFMAN_TABLES and not _are_tables(segment)):

@@ -6,14 +6,28 @@ lie within it gets the very mask back. `fill` asks just that, and shares no code
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ctseg.errors import ImageError
+
 _CHUNK_EDGES = 2**14
 """So many edges of a polygon are worked on at once: each may cross every row."""
+MAX_PART_BYTES = 2**27
+"""What the pixels of the contours on one slice may take; 4000 contours as large as a CT slice."""
+
+
+class _PackedPart(NamedTuple):
+    """The pixels of one contour: where its part of the mask begins, its size, its bits, and how many are set."""
+
+    low: tuple[int, int]
+    shape: tuple[int, ...]
+    bits: NDArray[np.uint8]
+    num_pixels: int
 
 
 def outlines(mask: NDArray[np.bool_]) -> list[NDArray[np.float64]]:
@@ -88,12 +102,25 @@ def fill_all(polygons: Iterable[NDArray[np.float64]], size: tuple[int, int]) -> 
 
     From the largest to the smallest: a contour within what is filled so far cuts a hole, any other one is added.
     Contours that cover the same pixels count once, however often they are repeated.
+
+    Raises:
+        ImageError: if they are so many and large that no one drew them.
     """
-    parts = [_fill_part(polygon, size) for polygon in polygons]
-    distinct = {(low, part.shape, part.tobytes()): (low, part) for low, part in parts}.values()
+    distinct: dict[object, _PackedPart] = {}
+    held_bytes = 0
+    for polygon in polygons:
+        low, part = _fill_part(polygon, size)
+        bits = np.packbits(part)
+        key = (low, part.shape, hashlib.sha256(bits.tobytes()).digest())
+        if key not in distinct:
+            distinct[key] = _PackedPart(low, part.shape, bits, int(np.count_nonzero(part)))
+            held_bytes += bits.nbytes
+        if held_bytes > MAX_PART_BYTES:
+            raise ImageError(f"{len(distinct)} large contours on one slice are more than can be trusted; it is damaged")
     whole = np.zeros(size, dtype=bool)
-    for low, part in sorted(distinct, key=lambda found: -np.count_nonzero(found[1])):
-        box = whole[_box(low, part)]
+    for packed in sorted(distinct.values(), key=lambda found: -found.num_pixels):
+        part = np.unpackbits(packed.bits, count=packed.shape[0] * packed.shape[1]).reshape(packed.shape).astype(bool)
+        box = whole[_box(packed.low, part)]
         box[part] = not box[part].all()
     return whole
 

@@ -91,8 +91,12 @@ def references(image: Slice) -> References:
 
 def instance(image: Slice) -> tuple[str, str]:
     """SOPClassUID and SOPInstanceUID of an image's file; made up if it has none, and then the same at every call."""
-    uid = _stored_uid(image) or f"2.25.{uuid.uuid5(_SALT, image.source.shown).int}"
+    uid = _stored_uid(image) or f"2.25.{uuid.uuid5(_SALT, _place(image)).int}"
     return str(image.value("SOPClassUID") or CTImageStorage), uid
+
+
+def _place(image: Slice) -> str:
+    return f"{image.source.path}\0{image.source.member}"
 
 
 def _stored_uid(image: Slice) -> str | None:

@@ -14,9 +14,12 @@ from numpy.typing import NDArray
 from ctseg.errors import ImageError
 from ctseg.io.dicom.headers import Header
 from ctseg.io.dicom.series import Slice
+from ctseg.progress import printable
 
 MAX_FRAMES = 2**16
 """A header that promises more frames is refused."""
+LONGEST_TEXT = 64
+"""A DICOM long string is no longer; what is, is cut."""
 LARGEST = 1e6
 """No millimetre and no Hounsfield unit of a CT is larger."""
 UNIT_TOLERANCE = 1e-3
@@ -25,7 +28,7 @@ UNIT_TOLERANCE = 1e-3
 _ENHANCED_CT = "1.2.840.10008.5.1.4.1.1.2.1"
 _DENSITIES = {"NONE", "MIXED", "MEAN", "RESAMPLED", "FILTERED", "ENERGY_PROP_WT"}
 """What the fourth word of an Enhanced CT's ImageType may be; the others make maps, e.g. of blood flow."""
-_CT_CLASSES = {
+CT_CLASSES = {
     "1.2.840.10008.5.1.4.1.1.2",  # CT Image
     _ENHANCED_CT,
     "1.2.840.10008.5.1.4.1.1.2.2",  # Legacy Converted Enhanced CT Image
@@ -36,12 +39,12 @@ _LOCALIZERS = {"LOCALIZER", "SCOUT", "TOPOGRAM", "SURVIEW"}
 
 def kind_of(header: Header) -> str:
     """What the images of a header are: "CT" for slices that can become a volume, else a word or two that say what."""
-    modality = str(header.value("Modality") or "no modality")
+    modality = printable(str(header.value("Modality") or "no modality"))[:LONGEST_TEXT]
     sop_class = str(header.value("SOPClassUID") or "")
     words = [part.upper().strip() for part in texts(header.value("ImageType"))]
     if sop_class.startswith(_SECONDARY_CAPTURES):
         return "secondary capture"
-    if modality != "CT" or (sop_class and sop_class not in _CT_CLASSES):
+    if modality != "CT" or (sop_class and sop_class not in CT_CLASSES):
         return modality if modality != "CT" else "CT-derived object"
     if _LOCALIZERS & set(words):
         return "localizer"

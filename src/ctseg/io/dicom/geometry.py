@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ctseg.io.dicom.frames import numbers
 from ctseg.io.dicom.series import Finding, SeriesGeometry, Slice
+from ctseg.progress import printable
 
 POSITION_TOLERANCE_MM = 1e-2
 """Slices nearer to each other are at one position."""
@@ -148,5 +149,5 @@ def geometry_notes(slices: Sequence[Slice], geometry: SeriesGeometry) -> Iterato
 
 def shown(values: Sequence[object]) -> str:
     """The first few values in one line, bounded in length."""
-    text = ", ".join(f"{v:g}" if isinstance(v, float) else str(v)[:32] for v in values[:SHOWN])
+    text = ", ".join(f"{v:g}" if isinstance(v, float) else printable(str(v))[:32] for v in values[:SHOWN])
     return text + (", ..." if len(values) > SHOWN else "")

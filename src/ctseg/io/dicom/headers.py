@@ -234,8 +234,11 @@ def tag_value(header: pydicom.Dataset, keyword: str, frame: int | None = None) -
 
 
 def reason(error: BaseException) -> str:
-    """What an exception says, in one line, bounded and without UIDs."""
-    text = " ".join(str(error).split())
+    """What an exception says, in one line, bounded, without UIDs and names of files."""
+    says = (isinstance(error, OSError) and error.strerror) or str(error)  # an OSError's text has the file's name
+    if isinstance(error, BadZipFile):
+        says = "the archive is damaged"  # its text has the member's name
+    text = " ".join(str(says).split())
     return printable(without_uids(text[:300])).rstrip(".") or type(error).__name__
 
 

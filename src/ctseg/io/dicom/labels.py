@@ -60,10 +60,11 @@ def read_labels(
         ct: The CT that they were drawn on.
         choices: Which regions become which value.
         overlap: Where regions of two values overlap: refuse, or keep the value that `choices` name first or last.
-        allow_missing: A value for which there is no region is fine, as long as there is one for any.
+        allow_missing: A value for which there is no region is fine, as long as there is one for any; one whose
+            regions have no voxel gets a note.
 
     Raises:
-        ImageError: if an object is broken, lies on another grid, or a region that was asked for is lacking.
+        ImageError: if an object is broken, lies on another grid, or a region that was asked for is lacking or empty.
     """
     known = [regions_of(dataset) for dataset in objects]
     values = [choose_regions(regions, choices) for regions in known]
@@ -84,9 +85,25 @@ def read_labels(
     if clashes:
         notes.append(f"labels overlapped in {clashes} voxels; the one named {overlap} was kept")
     regions = {value: tuple(r for v, r in chosen if v == value) for value in sorted({value for value, _ in chosen})}
-    return DicomLabels(
-        labels=Volume(on_grid(ct, labels, drawn), ct.volume.geometry), regions=regions, notes=tuple(notes)
-    )
+    array = on_grid(ct, labels, drawn)
+    _check_voxels(array, regions, notes, allow_missing)
+    return DicomLabels(labels=Volume(array, ct.volume.geometry), regions=regions, notes=tuple(notes))
+
+
+def _check_voxels(
+    array: NDArray[np.uint8], regions: dict[int, tuple[Region, ...]], notes: list[str], allow_missing: bool
+) -> None:
+    """Passes if every value has a voxel; if some may be missing, adds a note on those without.
+
+    Raises:
+        ImageError: naming the regions, and what was left out of them.
+    """
+    counts = np.bincount(array.ravel(order="K"), minlength=256)
+    empty = [value for value in regions if counts[value] == 0]
+    lines = [f"label {value} ({', '.join(map(str, regions[value]))}) has no voxel on the CT" for value in empty]
+    if empty and not allow_missing:
+        raise ImageError("; ".join([*lines, *notes]))
+    notes.extend(lines)
 
 
 def _masks(

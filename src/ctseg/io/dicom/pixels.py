@@ -5,6 +5,7 @@ Uncompressed pixels are copied from the file; everything else is unpacked by pyd
 
 from __future__ import annotations
 
+import hashlib
 import io
 import zipfile
 from collections import defaultdict
@@ -99,10 +100,17 @@ def stored_pixels(slices: Sequence[Slice]) -> Iterator[tuple[Slice, NDArray[Any]
         ) from error
 
 
-def same_pixels(slices: Sequence[Slice]) -> bool:
-    """True if slices at one position hold equal pixels and scale them equally."""
-    first, *others = (next(iter(stored_pixels([one])))[1] for one in slices)
-    return all(np.array_equal(first, other) for other in others) and len({one.rescale for one in slices}) == 1
+def pixel_digests(slices: Sequence[Slice]) -> dict[Slice, bytes]:
+    """For each slice a digest of its stored values: equal if and only if they are. Each file is read once.
+
+    Raises:
+        ImageError: naming the file whose pixels cannot be read.
+    """
+    return {
+        one: hashlib.sha256(stored.astype("<i8").tobytes()).digest()
+        for of_file in _by_file(slices)
+        for one, stored in stored_pixels(of_file)
+    }
 
 
 def padding_range(one: Slice) -> tuple[int, int] | None:
@@ -114,25 +122,30 @@ def padding_range(one: Slice) -> tuple[int, int] | None:
 
 def _fill(array: NDArray[Any], slices: Sequence[Slice], planes: Sequence[int]) -> Voxels:
     """Decodes every slice into its plane, files in parallel."""
-    files: dict[tuple[str, str | None], list[Slice]] = defaultdict(list)
     plane_of = dict(zip(map(id, slices), planes, strict=True))
-    for one in slices:
-        files[str(one.source.path), one.source.member].append(one)
 
     def decode(of_file: list[Slice]) -> list[tuple[float, float, int]]:
         return [
             (*_to_hounsfield(stored, one.rescale, array.T[plane_of[id(one)]]), _count_padding(stored, one))
-            for one, stored in stored_pixels(sorted(of_file, key=lambda s: s.frame or 0))
+            for one, stored in stored_pixels(of_file)
         ]
 
     with ThreadPoolExecutor(min(available_cpus(), MAX_THREADS)) as pool:
         try:
-            done = [facts for facts_of_file in pool.map(decode, files.values()) for facts in facts_of_file]
+            done = [facts for facts_of_file in pool.map(decode, _by_file(slices)) for facts in facts_of_file]
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
     lows, highs, padding = zip(*done, strict=True)
     return Voxels(array, min(lows), max(highs), sum(padding))
+
+
+def _by_file(slices: Sequence[Slice]) -> list[list[Slice]]:
+    """The slices of each file, in the order of its frames."""
+    files: dict[tuple[str, str | None], list[Slice]] = defaultdict(list)
+    for one in slices:
+        files[str(one.source.path), one.source.member].append(one)
+    return [sorted(of_file, key=lambda one: one.frame or 0) for of_file in files.values()]
 
 
 def _to_hounsfield(stored: NDArray[Any], rescale: tuple[float, float], out: NDArray[Any]) -> tuple[float, float]:
@@ -186,12 +199,11 @@ def _native(slices: Sequence[Slice]) -> Iterator[tuple[Slice, NDArray[Any]]]:
     dtype = _stored_type(first)
     columns, rows = first.size
     frame_bytes = columns * rows * dtype.itemsize
-    frames = max(one.frame or 0 for one in slices) + 1
+    promised = (integer(first.value("NumberOfFrames")) or 1) * frame_bytes
     held = _place(first).length or 0
-    if held < frames * frame_bytes:
-        raise ImageError(
-            f"truncated: {held} bytes of pixels, its header promises {frames * frame_bytes}; copy it again"
-        )
+    if held not in (promised, promised + promised % 2):
+        fault = "truncated" if held < promised else "damaged header"
+        raise ImageError(f"{fault}: {held} bytes of pixels, its header promises {promised}; copy it again")
     with _plain(first) as file:
         for one in slices:
             file.seek(_place(first).offset + (one.frame or 0) * frame_bytes)
@@ -237,16 +249,22 @@ def _encapsulated(slices: Sequence[Slice]) -> Iterator[tuple[Slice, NDArray[Any]
     first = slices[0]
     columns, rows = first.size
     frames = integer(first.value("NumberOfFrames")) or 1
-    limit = _place(first).offset + 2 * frames * columns * rows * _stored_type(first).itemsize + 2**20
+    dtype = _stored_type(first)
+    limit = _place(first).offset + 2 * frames * columns * rows * dtype.itemsize + 2**20
     dataset = pydicom.dcmread(io.BytesIO(read_bytes(first.source, min(limit, MAX_FILE_BYTES))), force=True)
     syntax = dataset.file_meta.TransferSyntaxUID
+    bits: set[int] = set()
     if syntax != RLELossless:
-        for frame in generate_frames(dataset.PixelData, number_of_frames=frames):
-            check_codestream(frame, first.size)
+        allocated = 8 * dtype.itemsize
+        packed = generate_frames(dataset.PixelData, number_of_frames=frames)
+        bits = {check_codestream(frame, first.size, allocated) for frame in packed}
     indices = [one.frame or 0 for one in slices]
-    if syntax in jpeg12.SYNTAXES and (integer(first.value("BitsStored")) or 0) > 8:
+    if syntax in jpeg12.SYNTAXES and bits != {8}:
+        if bits != {12}:
+            raise ImageError(f"a JPEG of this kind has 8 or 12 bits, got {sorted(bits)}; copy it again from its source")
         for one, index in zip(slices, indices, strict=True):
-            yield one, jpeg12.decode(get_frame(dataset.PixelData, index, number_of_frames=frames), syntax, one.size)
+            frame = get_frame(dataset.PixelData, index, number_of_frames=frames)
+            yield one, _significant(jpeg12.decode(frame, syntax, one.size).view(dtype.newbyteorder("=")), one)
         return
     decoder = get_decoder(syntax)
     decoded = decoder.iter_array(dataset, indices=indices, raw=True, decoding_plugin=_PREFERRED.get(syntax, ""))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,12 +15,12 @@ from pydicom.uid import UID
 from ctseg.errors import CtsegError, ImageError, list_problems
 from ctseg.io.dicom.build import drift_pixels, grid_of, grown, planes_of, without_duplicates
 from ctseg.io.dicom.files import Source, list_sources
-from ctseg.io.dicom.frames import slices_of
+from ctseg.io.dicom.frames import CT_CLASSES, LONGEST_TEXT, slices_of
 from ctseg.io.dicom.geometry import measure
-from ctseg.io.dicom.grouping import group_slices
+from ctseg.io.dicom.grouping import Broken, add_broken, group_slices
 from ctseg.io.dicom.headers import BROKEN_FILE, Header, pydicom_silent, read_header, reason
 from ctseg.io.dicom.pixels import read_voxels
-from ctseg.io.dicom.report import LONGEST_TEXT, GeometryReport, Repairs, make_report, text
+from ctseg.io.dicom.report import GeometryReport, Repairs, make_report, text
 from ctseg.io.dicom.resample import fill_between, shear, shear_margins, unshear_labels
 from ctseg.io.dicom.rule import choose
 from ctseg.io.dicom.series import Series, Slice
@@ -56,14 +56,17 @@ class Found:
     Attributes:
         series: Every image series, numbered as in `ctseg dicom ls`.
         others: Every other DICOM object.
-        rejected: (name, reason) of each DICOM file that cannot be used.
+        rejected: (name, reason) of each DICOM file that cannot be used and belongs to no series here; a broken file
+            of a series is a problem of the series. Names are as `Source.shown` has them, without identifiers.
         not_dicom: How many files are no DICOM at all.
+        full_names: The whole name of each rejected file by its name in `rejected`, for those who keep identifiers.
     """
 
     series: tuple[Series, ...]
     others: tuple[OtherObject, ...]
     rejected: tuple[tuple[str, str], ...]
     not_dicom: int
+    full_names: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -113,11 +116,12 @@ def find_series(paths: Iterable[Path], progress: Progress | None = None) -> Foun
     progress = progress or Silent()
     slices: list[Slice] = []
     others: list[OtherObject] = []
-    rejected = list(left_out)
+    broken = [Broken(source, fault) for source, fault in left_out]
     not_dicom = 0
     progress.start("reading headers", len(sources))
     with pydicom_silent():
         for source in sources:
+            header = None
             try:
                 header = read_header(source)
                 if header is None:
@@ -127,11 +131,17 @@ def find_series(paths: Iterable[Path], progress: Progress | None = None) -> Foun
                 else:
                     slices += slices_of(header)
             except BROKEN_FILE as error:
-                rejected.append((source.shown, reason(error)))
+                broken.append(Broken(source, reason(error), _uid(header)))
             progress.advance()
-        series = tuple(group_slices(slices))
+        series, alone = add_broken(group_slices(slices), broken)
     progress.finish()
-    return Found(series, tuple(others), tuple(rejected), not_dicom)
+    return Found(
+        series=tuple(series),
+        others=tuple(others),
+        rejected=tuple((one.source.shown, one.reason) for one in alone),
+        not_dicom=not_dicom,
+        full_names={one.source.shown: one.source.full for one in alone},
+    )
 
 
 def select_series(found: Found, rule: str | None) -> Series:
@@ -223,14 +233,19 @@ def _read(series: Series, *, close_up: bool) -> DicomCT:
     )
 
 
+def _uid(header: Header | None) -> str:
+    return "" if header is None else str(header.value("SeriesInstanceUID") or "")
+
+
 def _is_object(header: Header) -> bool:
     """True for what has pixels but is no image series: segmentations, dose, presentation states, waveforms."""
     return str(header.value("Modality")) in ("SEG", "RTDOSE", "PR", "KO") or header.value("Rows") is None
 
 
 def _other(header: Header) -> OtherObject:
-    if header.pixels is None and (header.value("Rows") is not None or header.value("Modality") == "CT"):
-        raise ImageError("an image without pixels: cut short, or stripped of them; copy it again from its source")
     sop_class = header.value("SOPClassUID")
+    is_ct_image = header.value("Modality") == "CT" and (sop_class is None or str(sop_class) in CT_CLASSES)
+    if is_ct_image or (header.pixels is None and header.value("Rows") is not None):
+        raise ImageError("an image without pixels: cut short, or stripped of them; copy it again from its source")
     kind = header.value("Modality") or (sop_class.name if isinstance(sop_class, UID) else "unknown")
     return OtherObject(header.source, printable(str(kind))[:LONGEST_TEXT], header.dataset)

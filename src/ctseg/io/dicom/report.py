@@ -9,13 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from ctseg.io.dicom.frames import integer, numbers, texts
+from ctseg.io.dicom.frames import LONGEST_TEXT, integer, numbers, texts
 from ctseg.io.dicom.series import Finding, Series, SeriesGeometry
 from ctseg.progress import printable
 from ctseg.volume import Geometry
 
-LONGEST_TEXT = 64
-"""A DICOM long string is no longer; what is, is cut."""
 OBLIQUE_FROM_DEGREES = 30.0
 """A normal further from the patient's axes makes a series oblique; gantries tilt by at most 30 degrees."""
 

@@ -108,14 +108,14 @@ def _points(contour: pydicom.Dataset) -> NDArray[np.float64]:
 def _by_plane(
     contours: list[NDArray[np.float64]], stack: Stack, roi: str, notes: list[str]
 ) -> dict[int, list[NDArray[np.float64]]]:
-    """The contours on each image, in its pixels; those above or below all images are left out with a note.
+    """The contours on each image, in its pixels; those above, below or beside all images are left out with a note.
 
     Raises:
         ImageError: if any lies between images, or across them.
     """
     planes: dict[int, list[NDArray[np.float64]]] = defaultdict(list)
     between: list[float] = []
-    outside = 0
+    outside = beside = 0
     low, high = stack.heights_mm.min() - stack.tolerance_mm, stack.heights_mm.max() + stack.tolerance_mm
     for points in contours:
         heights = points @ stack.slices[0].normal
@@ -123,7 +123,11 @@ def _by_plane(
         apart_mm = float(np.abs(heights - stack.heights_mm[index]).max())
         if apart_mm <= stack.tolerance_mm:
             image = stack.slices[index]
-            planes[index].append((points - image.position_mm) @ image.axes.T / image.spacing_mm)
+            pixels = (points - image.position_mm) @ image.axes.T / image.spacing_mm
+            if (pixels.max(axis=0) < 0).any() or (pixels.min(axis=0) > np.array(image.size) - 1).any():
+                beside += 1
+            else:
+                planes[index].append(pixels)
         elif heights.max() < low or heights.min() > high:
             outside += 1
         else:
@@ -135,6 +139,8 @@ def _by_plane(
         )
     if outside:
         notes.append(f"{roi}: {outside} contours above or below all images of the CT left out")
+    if beside:
+        notes.append(f"{roi}: {beside} contours beside the images of the CT left out, as they cover no pixel")
     if planes and len(planes) <= max(planes) - min(planes):
         notes.append(f"{roi}: contours on {len(planes)} of the {max(planes) - min(planes) + 1} images that it spans")
     return planes

@@ -45,7 +45,7 @@ def _decode(dataset: pydicom.Dataset, indices: list[int]) -> Iterator[NDArray[An
         if syntax.is_encapsulated and syntax != RLELossless:
             for index in indices:
                 frame = get_frame(dataset.PixelData, index, number_of_frames=int(dataset.NumberOfFrames))
-                check_codestream(frame, (int(dataset.Columns), int(dataset.Rows)))
+                check_codestream(frame, (int(dataset.Columns), int(dataset.Rows)), bits)
         yield from iter_pixels(dataset, indices=indices, raw=True)
     elif syntax.is_little_endian:
         yield from (_unpacked(dataset, *_bits_of_frame(dataset, index)) for index in indices)

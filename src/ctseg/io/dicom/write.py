@@ -44,7 +44,12 @@ _UINT16_STEPS = 2**16 - 1
 
 
 def write_series(
-    folder: Path, volume: Volume, description: str = "", on_slice: Callable[[], None] = lambda: None
+    folder: Path,
+    volume: Volume,
+    description: str = "",
+    on_slice: Callable[[], None] = lambda: None,
+    *,
+    replace: bool = False,
 ) -> float:
     """Writes a CT as a DICOM series: `0001.dcm`, ... in the order of the array; the folder is whole or not there.
 
@@ -52,10 +57,11 @@ def write_series(
     lowest and the highest, which is all that DICOM's CT has room for.
 
     Args:
-        folder: Must not exist, or be empty.
+        folder: Must not exist, or be empty, or be one to replace.
         volume: Hounsfield units.
         description: Of the series, at most 64 characters are kept.
         on_slice: Called after each slice.
+        replace: The folder may hold something, which goes once the new series is whole.
 
     Returns:
         The largest difference between a voxel and what was stored, in HU: 0 for whole numbers.
@@ -71,7 +77,7 @@ def write_series(
     slope, intercept, stored_type = _storage(volume.array, low, high)
     common = _series_header(volume.geometry, description, slope, intercept, stored_type)
     largest = 0.0
-    with atomic_folder(folder) as temporary:
+    with atomic_folder(folder, replace=replace) as temporary:
         for index in range(volume.geometry.size[2]):
             values_yx = volume.array[:, :, index].T
             stored = _stored(values_yx, slope, intercept, stored_type)
