@@ -15,9 +15,8 @@ from ctseg.files import write_json
 from ctseg.manifest import find_manifest, read_manifest, shipped_manifest
 from ctseg.progress import Silent
 from ctseg.recipe import load_recipe, recipe_names
-from ctseg.sources.archives import SOURCE_FILE
 from ctseg.sources.answers import shown
-from ctseg.sources.archives import Order, _remote, check_obtainable
+from ctseg.sources.archives import SOURCE_FILE, Order, _remote, check_obtainable
 from ctseg.sources.public import DataSet, data_sets, download_data_set, read_data_set
 from file_server import FileServer, running_server
 
@@ -167,7 +166,9 @@ def test_another_file_than_published_is_refused(tar: Path, tmp_path: Path):
 def test_from_what_is_not_there(tmp_path: Path):
     with pytest.raises(DownloadError, match=r"--from .*none\.tar: no such file or folder"):
         download_data_set(SETS["msd_spleen"], tmp_path, tmp_path / "none.tar", False, Silent())
-    with pytest.raises(DownloadError, match=r"2 problems\n  no COVID-19-CT-Seg_20cases\.zip \(.*\) in it\n  no Lung_Mask"):
+    with pytest.raises(
+        DownloadError, match=r"2 problems\n  no COVID-19-CT-Seg_20cases\.zip \(.*\) in it\n  no Lung_Mask"
+    ):
         download_data_set(SETS["covid19_ct_seg"], tmp_path, tmp_path, False, Silent())
     (tmp_path / "Lung_Mask.zip").touch()
     with pytest.raises(DownloadError, match="name the folder that holds them"):
