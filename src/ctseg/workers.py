@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -27,15 +28,12 @@ def in_parallel(
 
     What `work` raises is raised here, once the others that run are finished.
     """
-    waiting = iter(items)
+    waiting = deque(items)
     running: dict[Future[Result], Item] = {}
     with ThreadPoolExecutor(workers) as pool:
         while True:
-            while len(running) < workers and not stop_requested():
-                try:
-                    item = next(waiting)
-                except StopIteration:
-                    break
+            while waiting and len(running) < workers and not stop_requested():
+                item = waiting.popleft()
                 running[pool.submit(work, item)] = item
             if not running:
                 return

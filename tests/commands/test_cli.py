@@ -177,14 +177,14 @@ WRONG = {
     "prepare-dataset spleen --resplit": "--resplit: only with --split or --folds",
     "prepare-dataset spleen --workers 0": "Invalid value for '--workers'",
     "prepare-dataset spleen --fix --write-manifest new.csv": "--write-manifest new.csv: a data list's name must end in",
-    "prepare-dataset spleen --manifest training.json --write-manifest training.json": "--write-manifest training.json: "
-    "is the list that is read; name another file",
+    "prepare-dataset spleen --manifest training.json --write-manifest training.json": "'training.json' is the list that "
+    "is read; name another file",
     "train spleen --manifest cts": "folder 'cts': expected imagesTr and labelsTr or images and labels in it",
     "download nope": "'nope': neither a data set nor a model; known: btcv, covid19_ct_seg, msd_liver, ",
     "download --from ct.nii.gz": "--from, --set and --keep-archive need the NAME of what to download",
     "download msd_spleen --set training.epochs=3": "--set: is for models; 'msd_spleen' is a data set",
     "download msd_spleen --from none.tar --quiet": "--from none.tar: no such file or folder",
-    "download covid19_ct_seg --from file --quiet": "--from file: 'covid19_ct_seg' is COVID-19-CT-Seg_20cases.zip, ",
+    "download covid19_ct_seg --from file --quiet": "--from file: 'covid19_ct_seg' is COVID-19-CT-Seg_20cases.zip (https://zenodo.org/",
     "download spleen_ct_segmentation --data cts": "--data: is for data sets; 'spleen_ct_segmentation' is a model and",
     "doctor now": "Got unexpected extra argument",
     "demo --output file": "cannot write 'file': File exists",
