@@ -1,6 +1,7 @@
 """Every backend gives the eager network's answer, for every kind of network and in every precision it has."""
 
 import itertools
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -22,7 +23,10 @@ from ctseg.networks import fold_for_inference, network_for
 from ctseg.recipe import Recipe, load_recipe
 from ctseg.sources.phantom import centered_grid, make_phantom
 
-needs_openvino = pytest.mark.skipif(not is_installed("openvino"), reason="OpenVINO is not installed")
+needs_openvino = pytest.mark.skipif(
+    not is_installed("openvino") or "CTSEG_TEST_OPENVINO" not in os.environ,
+    reason="needs OpenVINO and CTSEG_TEST_OPENVINO=1: a signal to a process that has used it can end it",
+)
 BACKENDS = [
     pytest.param(torchscript, id="torch"),
     pytest.param(onnx, id="onnxruntime"),

@@ -45,8 +45,10 @@ PrecisionOption = Annotated[
     typer.Option("--precision", help="auto: float16 AMP on CUDA, else float32."),
 ]
 BackendOption = Annotated[
-    Literal["auto", "torch", "onnxruntime", "openvino"],
-    typer.Option("--backend", help="What runs the network; auto: the fastest, measured once for a model on this CPU."),
+    Literal["auto", "torch", "onnxruntime", "openvino"] | None,
+    typer.Option(
+        "--backend", help="What runs the network; auto: the faster one here. Default: torch, or the file's own."
+    ),
 ]
 SeriesOption = Annotated[
     str | None,

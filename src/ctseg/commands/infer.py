@@ -64,7 +64,7 @@ def infer(
     ] = None,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
-    backend: BackendOption = "auto",
+    backend: BackendOption = None,
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
