@@ -177,8 +177,8 @@ WRONG = {
     "prepare-dataset spleen --resplit": "--resplit: only with --split or --folds",
     "prepare-dataset spleen --workers 0": "Invalid value for '--workers'",
     "prepare-dataset spleen --fix --write-manifest new.csv": "--write-manifest new.csv: a data list's name must end in",
-    "prepare-dataset spleen --manifest training.json --write-manifest training.json": "'training.json' is the list that "
-    "is read; name another file",
+    "prepare-dataset spleen --manifest training.json --write-manifest training.json": "'training.json' is the list "
+    "that is read; name another file",
     "train spleen --manifest cts": "folder 'cts': expected imagesTr and labelsTr or images and labels in it",
     "download nope": "'nope': neither a data set nor a model; known: btcv, covid19_ct_seg, msd_liver, ",
     "download --from ct.nii.gz": "--from, --set and --keep-archive need the NAME of what to download",
