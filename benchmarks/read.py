@@ -79,7 +79,7 @@ def simpleitk_series(path: Path) -> Callable[[], Read]:
 
     def read() -> Read:
         reader = SimpleITK.ImageSeriesReader()
-        reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(path)))
+        reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(path), recursive=True))
         return _of_simpleitk(SimpleITK, reader.Execute())
 
     return read
