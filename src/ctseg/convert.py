@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ctseg.dicom_jobs import find_ct_series, note_rejected
+from ctseg.dicom_jobs import STRICT, find_ct_series, note_rejected
 from ctseg.errors import CtsegError, ImageError, OutputError
 from ctseg.files import is_there, make_folder, write_json
 from ctseg.io.dicom.names import patient_name
@@ -18,7 +18,7 @@ from ctseg.io.dicom.read import DicomCT, Gaps, Tilt, find_series, read_series, s
 from ctseg.io.dicom.series import Series
 from ctseg.io.dicom.write import write_series
 from ctseg.io.images import OTHER_SUFFIXES, read_image, read_labels, write_image
-from ctseg.manifest import IMAGE_SUFFIXES, image_stem
+from ctseg.manifest import IMAGE_SUFFIXES, image_stem, is_image_name
 from ctseg.privacy import without_uids
 from ctseg.progress import Progress
 from ctseg.provenance import differences, merged_entries, own_manifest
@@ -28,7 +28,6 @@ SUFFIXES = {"nifti": ".nii.gz", "nrrd": ".nrrd", "mha": ".mha", "dicom": ""}
 """What each format's files end in; DICOM is a folder."""
 MANIFEST = "data.json"
 MAKER = "ctseg convert"
-_STRICT = {"gaps": "error", "tilt": "error"}
 IMAGES = "images"
 
 
@@ -116,11 +115,6 @@ class _Task:
     read: Callable[[], Volume | DicomCT]
     overwrite: bool
     patient: str | None = None
-
-
-def is_image_name(path: Path) -> bool:
-    """True for names of NIfTI, NRRD and MHA files."""
-    return path.name.lower().endswith(IMAGE_SUFFIXES)
 
 
 def check_target(output: Path) -> None:
@@ -299,7 +293,7 @@ def describe_grid(geometry: Geometry) -> dict[str, Any]:
 def _manifest_before(folder: Path, options: Options) -> dict[str, Any]:
     """The manifest of earlier runs that this one goes on with."""
     manifest = own_manifest(folder / MANIFEST, MAKER)
-    different = differences(manifest, options.record, _STRICT) if manifest else []
+    different = differences(manifest, options.record, STRICT) if manifest else []
     if different and not options.overwrite:
         raise CtsegError(
             f"'{folder}' holds CTs that were made in another way ({', '.join(different)}); choose another folder, or "

@@ -27,6 +27,11 @@ _FIRST_CHANNEL = "_0000"
 """nnU-Net ends the name of an image, not that of its label, with the number of the channel."""
 
 
+def is_image_name(path: Path | PurePosixPath) -> bool:
+    """True for names of NIfTI, NRRD and MHA files."""
+    return path.name.lower().endswith(IMAGE_SUFFIXES)
+
+
 def image_stem(path: Path | PurePosixPath) -> str:
     """A file's name without its image suffix: `a/ct.nii.gz` -> `ct`."""
     lower = path.name.lower()
@@ -178,8 +183,4 @@ def _image_names(folder: Path) -> list[str]:
     """Names of the images in a folder, sorted; hidden files, such as the `._ct.nii.gz` of a Mac, do not count."""
     if not folder.is_dir():
         return []
-    return sorted(
-        file.name
-        for file in folder.iterdir()
-        if file.name.lower().endswith(IMAGE_SUFFIXES) and not file.name.startswith(".")
-    )
+    return sorted(file.name for file in folder.iterdir() if is_image_name(file) and not file.name.startswith("."))

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from ctseg.io.dicom.read import Found
     from ctseg.io.dicom.series import Series
 
+STRICT = {"gaps": "error", "tilt": "error"}
+"""Policies that refuse a series which another one would repair: what was made under these is the same under any."""
 _DICOM_MARK = b"DICM"
 _ZIP_MARK = b"PK\x03\x04"
 _SHOWN_REJECTED = 5

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import pydicom
 
-from ctseg.dicom_jobs import note_rejected
+from ctseg.dicom_jobs import STRICT, note_rejected
 from ctseg.errors import CtsegError, ImageError
 from ctseg.files import make_folder, output_errors, write_json
 from ctseg.io.dicom.headers import pydicom_silent, read_dataset
@@ -33,7 +33,7 @@ MANIFEST = "data.json"
 MAKER = "ctseg labels"
 RECORD = "ctseg_labels.json"
 """Says how the label maps in a folder were made; written before the first of them."""
-_STRICT = {"only": None, "merge": False, "overlap": "error", "allow_missing": False, "gaps": "error", "tilt": "error"}
+_STRICT = {"only": None, "merge": False, "overlap": "error", "allow_missing": False, **STRICT}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from ctseg import slurm
 from ctseg.dicom_jobs import check_distinct, find_ct_series, is_dicom_or_zip
 from ctseg.errors import CtsegError
-from ctseg.manifest import IMAGE_SUFFIXES, image_stem, read_manifest
+from ctseg.manifest import IMAGE_SUFFIXES, image_stem, is_image_name, read_manifest
 from ctseg.progress import Progress, Silent
 
 if TYPE_CHECKING:
+    from ctseg.io.dicom.read import Gaps, Tilt
     from ctseg.io.dicom.series import Series
 
 FAILURES = "failures.csv"
@@ -47,8 +48,8 @@ class Options:
     """
 
     series: str | None = None
-    gaps: Literal["error", "fill", "ignore"] = "error"
-    tilt: Literal["error", "shear"] = "error"
+    gaps: Gaps = "error"
+    tilt: Tilt = "error"
     keep_identifiers: bool = False
     format: Format | None = None
     seg_type: Literal["binary", "labelmap"] = "binary"
@@ -61,8 +62,6 @@ class Options:
         return of_series | (of_seg if self.format == "dicom-seg" else {})
 
 
-STRICT_OPTIONS = {"gaps": "error", "tilt": "error"}
-"""What refuses a CT unless it is allowed: a mask made under these is the same under any."""
 PLAIN = Options()
 
 
@@ -168,7 +167,7 @@ def find_jobs(
         elif path.suffix in (".txt", ".json"):
             found += _told_apart([case.image for case in read_manifest(path).cases])
         elif path.exists():
-            if path.name.lower().endswith(IMAGE_SUFFIXES) or not is_dicom_or_zip(path):
+            if is_image_name(path) or not is_dicom_or_zip(path):
                 found.append((path, Path(path.name)))
             else:
                 in_dicom.append(path)
@@ -209,8 +208,7 @@ def _file_jobs(found: list[tuple[Path, Path]], output: Path, options: Options) -
             raise CtsegError(
                 f"'{job.mask}' is an input and would be the mask of '{job.image}'; choose another --output"
             )
-    masks = [job.mask for job in jobs]
-    shared = next((mask for mask in masks if masks.count(mask) > 1), None)
+    shared = next((mask for mask, count in Counter(job.mask for job in jobs).items() if count > 1), None)
     if shared is not None:
         raise CtsegError(f"several CTs would have the mask '{shared}'; leave --format out, or segment them one by one")
     return jobs
@@ -231,7 +229,7 @@ def _files_below(folder: Path, output: Path) -> tuple[list[Path], bool]:
         )
     files = [p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith(".")]
     files = [p for p in files if not _located(p).is_relative_to(inside)]
-    images = [p for p in files if p.name.lower().endswith(IMAGE_SUFFIXES)]
+    images = [p for p in files if is_image_name(p)]
     return images, len(images) < len(files)
 
 

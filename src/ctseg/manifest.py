@@ -18,7 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ctseg.datalists import IMAGE_SUFFIXES, LIST_SUFFIXES, MAX_MANIFEST_BYTES, SPLITS, image_stem, read_data_list
+from ctseg.datalists import (
+    IMAGE_SUFFIXES,
+    LIST_SUFFIXES,
+    MAX_MANIFEST_BYTES,
+    SPLITS,
+    image_stem,
+    is_image_name,
+    read_data_list,
+)
 from ctseg.errors import ManifestError, list_problems
 
 __all__ = [
@@ -31,6 +39,7 @@ __all__ = [
     "data_folder",
     "find_manifest",
     "image_stem",
+    "is_image_name",
     "locate_manifest",
     "manifest_from_data",
     "read_manifest",

@@ -183,7 +183,7 @@ def test_a_cache_of_code_that_another_user_wrote_is_not_run(
 
 def test_a_damaged_checkpoint_is_refused_and_leaves_nothing(tmp_path: Path, cpu: Runtime, cache: Path) -> None:
     (tmp_path / "bad.pt").write_bytes(b"x" * 1000)
-    for backend in CHOICES:
+    for backend in ("auto", *filter(is_installed, CHOICES[1:])):
         with pytest.raises(ModelError):
             load_model(tmp_path / "bad.pt", cpu, backend)
     assert not cache.exists() or list(cache.iterdir()) == []

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ctseg.errors import CtsegError, OutputError
+from ctseg.errors import CasesFailed, CtsegError, OutputError
 from ctseg.report.tables import render_table
 
 Overrides = Annotated[
@@ -85,6 +85,13 @@ def parse_bytes(text: str, option: str) -> int:
 def emit(data: Any, text: str, as_json: bool) -> None:
     """Prints a result on stdout: for people, or as JSON for scripts."""
     say(json.dumps(data, indent=1, default=str) if as_json else text)
+
+
+def check_none_failed(errors: Sequence[str], number: int, what: str) -> None:
+    """Raises CasesFailed with every reason if there is any, e.g. "2 of 9 CTs failed:"; `what` is "CTs" there."""
+    if errors:
+        reasons = "".join(f"\n  {error}" for error in errors)
+        raise CasesFailed(f"{len(errors)} of {number} {what}:{reasons}")
 
 
 def say(text: str) -> None:

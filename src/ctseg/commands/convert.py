@@ -15,11 +15,12 @@ from ctseg.commands.common import (
     QuietFlag,
     SeriesOption,
     TiltOption,
+    check_none_failed,
     emit,
 )
-from ctseg.errors import CasesFailed, CtsegError
+from ctseg.errors import CtsegError
 from ctseg.files import write_json
-from ctseg.manifest import IMAGE_SUFFIXES
+from ctseg.manifest import is_image_name
 from ctseg.progress import make_progress
 from ctseg.report.tables import render_table
 
@@ -49,7 +50,7 @@ def convert(
     """Convert CTs: DICOM to NIfTI, NRRD or MHA and back; an archive to a data set with its manifest."""
     if not source.exists():
         raise CtsegError(f"source '{source}': no such file or folder")
-    names_format = output.name.lower().endswith(IMAGE_SUFFIXES)
+    names_format = is_image_name(output)
     if names_format and form is not None:
         raise CtsegError(f"--format is for a folder of CTs, and '{output.name}' names its format; leave one out")
     from ctseg.convert import Options, convert_all, convert_one
@@ -58,7 +59,7 @@ def convert(
         rule=series, gaps=gaps, tilt=tilt, labels=labels, overwrite=overwrite, keep_identifiers=keep_identifiers
     )
     with make_progress(quiet) as progress:
-        if names_format or (form == "dicom" and source.name.lower().endswith(IMAGE_SUFFIXES)):
+        if names_format or (form == "dicom" and is_image_name(source)):
             converted = convert_one(source, output, options, progress)
         else:
             converted = convert_all(source, output, form or "nifti", options, progress)
@@ -66,10 +67,7 @@ def convert(
         write_json(report, converted.to_dicts())
     results = converted.results
     emit([result.to_dict() for result in results], _text(results), as_json)
-    failed = [result for result in results if result.status == "failed"]
-    if failed:
-        reasons = "".join(f"\n  {result.error}" for result in failed)
-        raise CasesFailed(f"{len(failed)} of {len(results)} CTs failed:{reasons}")
+    check_none_failed([r.error for r in results if r.status == "failed"], len(results), "CTs failed")
 
 
 def _text(results: list[Conversion]) -> str:

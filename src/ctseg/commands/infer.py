@@ -21,10 +21,10 @@ from ctseg.commands.common import (
     QuietFlag,
     SeriesOption,
     TiltOption,
+    check_none_failed,
     emit,
     rounded,
 )
-from ctseg.errors import CasesFailed
 from ctseg.files import make_folder
 from ctseg.jobs import Options, Shard, choose_shard, find_jobs
 from ctseg.progress import make_progress
@@ -99,12 +99,8 @@ def infer(
             loaded, jobs, output, progress, options=options, shard=part, stop_requested=stop_requested, **flags
         )
     emit([dataclasses.asdict(o) for o in outcomes], _text(outcomes, path), as_json)
-    failed = [o for o in outcomes if o.status == "failed"]
-    if failed:
-        reasons = "".join(f"\n  {o.error}" for o in failed)
-        raise CasesFailed(
-            f"{len(failed)} of {len(outcomes)} files failed, listed in {output / part.failures}:{reasons}"
-        )
+    errors = [o.error for o in outcomes if o.status == "failed"]
+    check_none_failed(errors, len(outcomes), f"files failed, listed in {output / part.failures}")
 
 
 def _part(shard: Shard) -> str:

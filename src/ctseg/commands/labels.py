@@ -9,8 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ctseg.commands.common import GapsOption, JsonFlag, KeepIdentifiersFlag, QuietFlag, TiltOption, emit
-from ctseg.errors import CasesFailed, CtsegError
+from ctseg.commands.common import (
+    GapsOption,
+    JsonFlag,
+    KeepIdentifiersFlag,
+    QuietFlag,
+    TiltOption,
+    check_none_failed,
+    emit,
+)
+from ctseg.errors import CtsegError
 from ctseg.progress import make_progress
 from ctseg.report.tables import render_table
 
@@ -76,10 +84,7 @@ def labels(
     with make_progress(quiet) as progress:
         results = collect_labels(sources, output, options, progress)
     emit([dataclasses.asdict(result) for result in results], _text(results), as_json)
-    failed = [result for result in results if result.status == "failed"]
-    if failed:
-        reasons = "".join(f"\n  {result.error}" for result in failed)
-        raise CasesFailed(f"{len(failed)} of {len(results)} failed:{reasons}")
+    check_none_failed([r.error for r in results if r.status == "failed"], len(results), "failed")
 
 
 def _list(sources: list[Path], as_json: bool, quiet: bool) -> None:

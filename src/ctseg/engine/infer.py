@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from ctseg.dicom_jobs import STRICT
 from ctseg.engine.cases import read_case, write_mask
 from ctseg.engine.model import Model
 from ctseg.engine.predict import OnWindow, predict
 from ctseg.engine.runtime import memory_errors
 from ctseg.errors import CtsegError, ImageError, NotEnoughMemory, Stopped
 from ctseg.files import make_folder, output_errors, write_csv, write_json
-from ctseg.jobs import PLAIN, STRICT_OPTIONS, Job, Options, Shard, is_mask_name
+from ctseg.jobs import PLAIN, Job, Options, Shard, is_mask_name
 from ctseg.manifest import image_stem
 from ctseg.progress import Progress
 from ctseg.provenance import differences, read_object
@@ -97,7 +98,7 @@ def _claim(output: Path, model: Model, jobs: list[Job], made_with: dict[str, Any
     present = read_object(output / RECORD)
     if not present:  # masks of unknown origin are not ours
         present = {} if any(job.mask.exists() for job in jobs) else record
-    different = differences(present, made_with, STRICT_OPTIONS)
+    different = differences(present, made_with, STRICT)
     if present.get("sha256") != model.sha256:
         whose = ", ".join(str(present[key]) for key in ("recipe", "model") if key in present)
         _replace(output, jobs, f"masks of another model ({whose or 'of unknown origin'})", overwrite)
