@@ -12,12 +12,13 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 from zipfile import BadZipFile
 
 import pydicom
-from pydicom.datadict import tag_for_keyword
+from pydicom.datadict import dictionary_has_tag, dictionary_VR, tag_for_keyword
+from pydicom.dataelem import RawDataElement, convert_raw_data_element
 from pydicom.filereader import read_partial
 from pydicom.tag import BaseTag
 
@@ -30,6 +31,8 @@ FIRST_BYTES = 2**15
 """What is read of every file; most headers of CT are shorter."""
 MAX_HEADER_BYTES = 2**28
 """A longer header is refused; the contours of the largest RTSTRUCT are some 100 MB."""
+LONGEST_SHARED = 256
+"""Bytes of a value that is converted once for all files; a longer one is seldom the same in two."""
 MAX_FILE_BYTES = 2**32
 """A larger file is not read whole, nor is more inflated."""
 
@@ -91,6 +94,7 @@ _DEFLATED = b"1.2.840.10008.1.2.1.99"
 _EXPLICIT = b"1.2.840.10008.1.2.1\0\0\0"
 _DIRECTORY = "1.2.840.10008.1.3.10"
 _PIXEL_TAGS = frozenset((0x7FE00008, 0x7FE00009, 0x7FE00010))  # pydicom's tags are slow to compare, not to hash
+_PLAIN_VRS = frozenset(("CS", "DS", "IS", "TM", "UI", "US"))  # no value of theirs depends on the character set
 _LONG_VRS = ("OB", "OD", "OF", "OL", "OV", "OW", "UN")
 
 
@@ -255,10 +259,29 @@ def _get(dataset: pydicom.Dataset, keyword: str) -> Any:
     if tag is None or tag not in dataset:
         return None
     try:
-        value = dataset[tag].value
+        element = dataset.get_item(tag)
+        if isinstance(element, RawDataElement) and element.length <= LONGEST_SHARED and _is_plain(tag, element.VR):
+            value = _converted(tag, element.VR, element.value, element.is_little_endian)
+        else:
+            value = dataset[tag].value
     except Exception:  # the conversion of a hostile value raises anything
         return None
     return None if value is None or value == "" else value
+
+
+@lru_cache
+def _is_plain(tag: int, vr: str | None) -> bool:
+    """Whether a value is what its bytes say alone; without a VR in the file the dictionary's holds."""
+    if vr is None:
+        vr = dictionary_VR(tag) if dictionary_has_tag(tag) else None
+    return vr in _PLAIN_VRS
+
+
+@lru_cache(maxsize=2**14)
+def _converted(tag: int, vr: str | None, content: bytes, is_little_endian: bool) -> Any:
+    """The value of an element: converted once for all files of a series that say the same. Not to be changed."""
+    raw = RawDataElement(BaseTag(tag), vr, len(content), content, 0, vr is None, is_little_endian)
+    return convert_raw_data_element(raw).value
 
 
 def _looks_like_dicom(start: bytes) -> bool:
