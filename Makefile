@@ -1,6 +1,7 @@
 # `make demo`, `make test`, `make check`: each first makes .venv, with the versions in constraints.txt, if it is missing.
 PYTHON ?= python3
 BIN := .venv/bin
+WORKERS ?= 2
 INSTALLED := .venv/.installed
 
 .PHONY: demo test test-slow test-slurm check clean
@@ -8,8 +9,9 @@ INSTALLED := .venv/.installed
 demo: $(INSTALLED)
 	$(BIN)/ctseg demo --output demo
 
+# Two processes share the tests; every worker imports torch, so more of them need memory.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow

@@ -73,7 +73,7 @@ def find_ct_series(path: Path, rule: str | None, progress: Progress, *, keep_ide
 
 def note_rejected(found: Found, progress: Progress, *, keep_identifiers: bool) -> tuple[tuple[str, str], ...]:
     """The (name, reason) of each DICOM file that cannot be used; `progress` is told of the first of them."""
-    rejected = tuple((found.full_names[name] if keep_identifiers else name, why) for name, why in found.rejected)
+    rejected = found.left_out(keep_identifiers=keep_identifiers)
     for name, reason in rejected[:_SHOWN_REJECTED]:
         progress.note(f"left out '{name}': {reason}")
     if len(rejected) > _SHOWN_REJECTED:

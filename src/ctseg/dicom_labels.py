@@ -164,7 +164,7 @@ def collect_labels(paths: Sequence[Path], folder: Path, options: Options, progre
             try:
                 of_series[finder.find(other.header).number].append(other)
             except ImageError as error:
-                shown = other.source.full if options.keep_identifiers else other.source.shown
+                shown = other.source.named(keep_identifiers=options.keep_identifiers)
                 results.append(Labelled(source=shown, status="failed", error=f"{other.kind} '{shown}': {error}"))
     named = _named([one for one in found.series if one.number in of_series], found, options)
     manifest = own_manifest(folder / MANIFEST, MAKER)

@@ -50,15 +50,16 @@ def list_series(
         choose([], series)  # a wrong rule is told before the search
     with make_progress(quiet) as progress:
         found = find_series(paths, progress)
+    rejected = found.left_out(keep_identifiers=keep_identifiers)
     if not found.series and not found.others:
-        reasons = [f"{name}: {reason}" for name, reason in _rejected(found, keep_identifiers)[:MAX_REJECTED]]
+        reasons = [f"{name}: {reason}" for name, reason in rejected[:MAX_REJECTED]]
         searched = f"no DICOM in {', '.join(repr(str(path)) for path in paths[:3])}"
         raise CtsegError(list_problems(searched, reasons or ["name the folder or archive that holds it"]))
     with pydicom_silent():
         chosen = found.series if series is None else choose(found.series, series)
         rows = [_row(one, keep_identifiers) for one in chosen]
-        data = {"series": rows, **_rest(found, keep_identifiers)}
-    emit(data, _text(chosen, rows, found, _rejected(found, keep_identifiers)), as_json)
+        data = {"series": rows, **_rest(found, rejected, keep_identifiers)}
+    emit(data, _text(chosen, rows, found, rejected), as_json)
 
 
 def _row(one: Series, keep_identifiers: bool) -> dict[str, Any]:
@@ -89,7 +90,7 @@ def _row(one: Series, keep_identifiers: bool) -> dict[str, Any]:
     return row
 
 
-def _rest(found: Found, keep_identifiers: bool) -> dict[str, Any]:
+def _rest(found: Found, rejected: Sequence[tuple[str, str]], keep_identifiers: bool) -> dict[str, Any]:
     from ctseg.io.dicom.headers import tag_value
     from ctseg.progress import printable
 
@@ -98,17 +99,13 @@ def _rest(found: Found, keep_identifiers: bool) -> dict[str, Any]:
             {
                 "kind": other.kind,
                 "description": printable(str(tag_value(other.header, "SeriesDescription") or "")) or None,
-                "file": other.source.full if keep_identifiers else other.source.shown,
+                "file": other.source.named(keep_identifiers=keep_identifiers),
             }
             for other in found.others
         ],
-        "rejected": [{"file": name, "reason": reason} for name, reason in _rejected(found, keep_identifiers)],
+        "rejected": [{"file": name, "reason": reason} for name, reason in rejected],
         "not_dicom": found.not_dicom,
     }
-
-
-def _rejected(found: Found, keep_identifiers: bool) -> list[tuple[str, str]]:
-    return [(found.full_names[name] if keep_identifiers else name, reason) for name, reason in found.rejected]
 
 
 def _text(

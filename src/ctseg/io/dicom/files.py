@@ -59,6 +59,10 @@ class Source:
         """Its whole name, for those who keep identifiers."""
         return printable(str(self.path) if self.packed is None else f"{self.path}:{self.packed.filename}")
 
+    def named(self, *, keep_identifiers: bool) -> str:
+        """`full` for those who keep identifiers, `shown` for the others."""
+        return self.full if keep_identifiers else self.shown
+
     @property
     def num_bytes(self) -> int:
         """Its size, unpacked."""

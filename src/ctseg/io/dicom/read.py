@@ -68,6 +68,11 @@ class Found:
     not_dicom: int
     full_names: dict[str, str] = field(default_factory=dict)
 
+    def left_out(self, *, keep_identifiers: bool) -> tuple[tuple[str, str], ...]:
+        """`rejected`, with the files' whole names for those who keep identifiers."""
+        names = self.full_names if keep_identifiers else {}
+        return tuple((names.get(name, name), reason) for name, reason in self.rejected)
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class DicomCT:
