@@ -118,7 +118,8 @@ def mixed(tmp_path_factory: pytest.TempPathFactory, run_cli: Callable[..., Any],
 def test_the_good_files_are_done(mixed: tuple[Path, Any]):
     folder, _ = mixed
     assert files_below(folder / "masks") == [
-        "ctseg_model.json", "failures.csv", "four_seg.mha", "one_seg.nii.gz", "three_seg.nrrd", "two_seg.nii",
+        "ctseg_model.json", "ctseg_run.json", "failures.csv", "four_seg.mha", "one_seg.nii.gz", "three_seg.nrrd",
+        "two_seg.nii",
     ]  # fmt: skip
     for image in ("one.nii.gz", "two.nii", "three.nrrd", "four.mha"):
         stem, suffix = image.split(".", 1)
@@ -252,7 +253,9 @@ def test_masks_stay_below_the_output_folder(run_cli: Callable[..., Any], cts: Pa
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(cts / "two.nii", tmp_path / name)
     run_cli(work, "infer", "../ct.nii", "ct.nii", "--output", "masks", "--model", tiny_model)
-    assert files_below(work) == ["ct.nii", "masks/ct_seg.nii", "masks/ctseg_model.json", "masks/work/ct_seg.nii"]
+    assert files_below(work) == [
+        "ct.nii", "masks/ct_seg.nii", "masks/ctseg_model.json", "masks/ctseg_run.json", "masks/work/ct_seg.nii",
+    ]  # fmt: skip
     assert files_below(tmp_path)[:1] == ["ct.nii"]
 
 
@@ -294,8 +297,8 @@ def test_stopped_by_a_signal_and_done_by_the_same_command(
 
     real = engine.predict
 
-    def signalled(model: Any, volume: Any, on_window: Any) -> Any:
-        mask = real(model, volume, on_window)
+    def signalled(*arguments: Any) -> Any:
+        mask = real(*arguments)
         os.kill(os.getpid(), signal.SIGUSR1)
         return mask
 
@@ -392,7 +395,7 @@ def test_output_on_a_full_disk(cli: Callable[..., Any], cts: Path, tiny_model: P
     result = cli("infer", "cts/two.nii", "cts/large.nii", "--output", folder, "--model", tiny_model)
     assert (result.code, result.out) == (2, "")
     assert result.message.startswith(f"cannot write '{folder / 'large_seg.nii'}': No space left on device; free space")
-    assert files_below(folder) == ["ctseg_model.json", "two_seg.nii"]
+    assert files_below(folder) == ["ctseg_model.json", "ctseg_run.json", "two_seg.nii"]
     assert read_labels(folder / "two_seg.nii").array.shape == SIZE
 
 
