@@ -31,6 +31,7 @@ class Stages:
         self.alive: weakref.WeakSet[Scan] = weakref.WeakSet()
         self.most_alive = 0
         self.read_ahead = 0
+        self.alive_after_work = 0
 
     def _stage(self, name: str, number: int) -> None:
         if (name, number) in self.fails:
@@ -48,6 +49,7 @@ class Stages:
 
     def work(self, scan: Scan, check: Callable[[], None]) -> Scan:
         self._stage("work", scan.number)
+        self.alive_after_work = max(self.alive_after_work, len(self.alive))
         check()
         return scan
 
@@ -90,6 +92,7 @@ def test_one_is_read_ahead_and_one_written(slow: str) -> None:
     stages.run(range(12))
     assert stages.most_alive <= 3
     assert stages.read_ahead <= 1
+    assert stages.alive_after_work <= (3 if slow == "write" else 2)
     assert not stages.alive
 
 

@@ -53,9 +53,8 @@ def overlapped(
                 present = ahead.result()
                 ahead = read_next()
                 made = work(present, check)
-                del present
                 collect()
                 writing = writer.submit(write, made)
-                del made
+                del present, made  # what is written is given back while the next is worked on
         finally:
             collect()
