@@ -86,10 +86,11 @@ def infer(
         seg_type=seg_type,
         keep_empty_frames=keep_empty_frames,
     )
+    in_parts = _launches(gpus, device)
     with make_progress(quiet) as progress:
         jobs = find_jobs(inputs, output, options, progress)
     make_folder(output)
-    if _launches(gpus, device):
+    if in_parts:
         _infer_in_parts(gpus or 1, shard, path, as_json)
         return
     from ctseg.engine.infer import infer as run
