@@ -76,7 +76,7 @@ def test_what_is_done_is_not_read(tiny_model: Model, jobs: list[Job], tmp_path: 
 def test_the_next_is_read_and_the_last_written_while_the_network_runs(
     tiny_model: Model, jobs: list[Job], tmp_path: Path, monkeypatch
 ) -> None:
-    """The network waits for the next CT to be read, and writing for the network: one after the other, none would end."""
+    """The network waits for the next CT to be read, and writing for the network: in turn, none would end."""
     real_read, real_write = engine.read_case, engine.write_mask
     read, predicted = ([threading.Event() for _ in jobs] for _ in range(2))
 
