@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 FAILURES = "failures.csv"
 """Lists the CTs of an output folder that failed, with the reasons."""
+RUN_MANIFEST = "ctseg_run.json"
+"""Says how the masks of an output folder were made, and from what."""
 Format = Literal["nifti", "nrrd", "mha", "dicom-seg", "rtstruct"]
 ENDINGS: dict[Format, str] = {
     "nifti": "_seg.nii.gz",
@@ -104,7 +106,16 @@ class Shard:
     @property
     def failures(self) -> str:
         """The name of the list of CTs that failed: each part its own, so that none overwrites another's."""
-        return FAILURES if self.count == 1 else f"failures-{self.index + 1}-of-{self.count}.csv"
+        return self._own(FAILURES)
+
+    @property
+    def run_manifest(self) -> str:
+        """The name of the manifest of its run, likewise."""
+        return self._own(RUN_MANIFEST)
+
+    def _own(self, name: str) -> str:
+        stem, suffix = name.split(".")
+        return name if self.count == 1 else f"{stem}-{self.index + 1}-of-{self.count}.{suffix}"
 
     def take(self, jobs: Sequence[Job]) -> list[Job]:
         """Every `count`-th job: CTs of one folder, often alike in size, are spread over all parts."""

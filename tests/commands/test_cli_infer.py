@@ -118,7 +118,8 @@ def mixed(tmp_path_factory: pytest.TempPathFactory, run_cli: Callable[..., Any],
 def test_the_good_files_are_done(mixed: tuple[Path, Any]):
     folder, _ = mixed
     assert files_below(folder / "masks") == [
-        "ctseg_model.json", "failures.csv", "four_seg.mha", "one_seg.nii.gz", "three_seg.nrrd", "two_seg.nii",
+        "ctseg_model.json", "ctseg_run.json", "failures.csv", "four_seg.mha", "one_seg.nii.gz", "three_seg.nrrd",
+        "two_seg.nii",
     ]  # fmt: skip
     for image in ("one.nii.gz", "two.nii", "three.nrrd", "four.mha"):
         stem, suffix = image.split(".", 1)
@@ -170,6 +171,7 @@ def test_json_gives_the_volume_of_the_mask(cli: Callable[..., Any], cts: Path, t
         voxels = np.count_nonzero(read_labels(tmp_path / outcome["mask"]).array)
         assert outcome["volumes_ml"] == pytest.approx({"spleen": voxels * 0.125})
         assert (outcome["status"], outcome["error"]) == ("done", "")
+        assert outcome["seconds"] >= outcome["stage_seconds"]["network"] > 0
 
 
 def test_second_run_skips_what_is_done_and_redoes_what_is_not(
@@ -252,7 +254,9 @@ def test_masks_stay_below_the_output_folder(run_cli: Callable[..., Any], cts: Pa
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(cts / "two.nii", tmp_path / name)
     run_cli(work, "infer", "../ct.nii", "ct.nii", "--output", "masks", "--model", tiny_model)
-    assert files_below(work) == ["ct.nii", "masks/ct_seg.nii", "masks/ctseg_model.json", "masks/work/ct_seg.nii"]
+    assert files_below(work) == [
+        "ct.nii", "masks/ct_seg.nii", "masks/ctseg_model.json", "masks/ctseg_run.json", "masks/work/ct_seg.nii",
+    ]  # fmt: skip
     assert files_below(tmp_path)[:1] == ["ct.nii"]
 
 
@@ -287,6 +291,41 @@ def test_shards_replace_no_other_models_masks(
     assert "choose another --output, or --overwrite (without --shard) to replace them" in result.message
 
 
+def test_more_gpus_than_there_are(
+    cli: Callable[..., Any], cts: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    call = ("infer", "cts", "--output", "masks", "--model", tiny_model, "--gpus", 2)
+    result = cli(*call)
+    assert (result.code, result.out) == (2, "")
+    assert result.err == "ctseg: --gpus 2: 0 CUDA GPU(s) here; use fewer, or --device cpu\n"
+    assert not (tmp_path / "masks").exists()
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    assert cli(*call, "--shard", "1/1").message.startswith("--gpus 2: srun has started 4 tasks already")
+
+
+def test_the_table_of_several_processes_is_that_of_one(
+    cli: Callable[..., Any], cts: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from ctseg.engine import parts
+
+    call = ("infer", "cts", "--output", "masks", "--model", tiny_model, "--device", "cpu", "--shard", "1/2")
+    one = cli(*call, "--json")
+    asked = []
+
+    def answers(number: int, arguments: list[str]) -> parts.Answers:
+        asked.append((number, arguments[-3:]))
+        return parts.Answers(json.loads(one.out), True)
+
+    monkeypatch.setattr(parts, "run_parts", answers)
+    several = cli(*call, "--gpus", 2)
+    assert asked == [(2, ["--json", "--shard", "1/2"])]
+    assert (several.code, several.err) == (1, ""), "each process has told what failed"
+    assert several.out.splitlines()[-1] == "2 done"
+    assert "spleen_ml" in several.out
+
+
 def test_stopped_by_a_signal_and_done_by_the_same_command(
     cli: Callable[..., Any], cts: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
@@ -294,8 +333,8 @@ def test_stopped_by_a_signal_and_done_by_the_same_command(
 
     real = engine.predict
 
-    def signalled(model: Any, volume: Any, on_window: Any) -> Any:
-        mask = real(model, volume, on_window)
+    def signalled(*arguments: Any) -> Any:
+        mask = real(*arguments)
         os.kill(os.getpid(), signal.SIGUSR1)
         return mask
 
@@ -392,7 +431,7 @@ def test_output_on_a_full_disk(cli: Callable[..., Any], cts: Path, tiny_model: P
     result = cli("infer", "cts/two.nii", "cts/large.nii", "--output", folder, "--model", tiny_model)
     assert (result.code, result.out) == (2, "")
     assert result.message.startswith(f"cannot write '{folder / 'large_seg.nii'}': No space left on device; free space")
-    assert files_below(folder) == ["ctseg_model.json", "two_seg.nii"]
+    assert files_below(folder) == ["ctseg_model.json", "ctseg_run.json", "two_seg.nii"]
     assert read_labels(folder / "two_seg.nii").array.shape == SIZE
 
 

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -64,6 +65,42 @@ def test_a_second_run_skips_what_is_done(tiny_model: Model, jobs: list[Job], tmp
     before = states(jobs[:2])
     assert statuses(infer(tiny_model, jobs, tmp_path / "out", Silent())) == ["skipped", "skipped", "done"]
     assert states(jobs[:2]) == before
+
+
+def test_what_is_done_is_not_read(tiny_model: Model, jobs: list[Job], tmp_path: Path, monkeypatch) -> None:
+    infer(tiny_model, jobs, tmp_path / "out", Silent())
+    monkeypatch.delattr(engine, "read_case")
+    assert statuses(infer(tiny_model, jobs, tmp_path / "out", Silent())) == ["skipped"] * 3
+
+
+def test_the_next_is_read_and_the_last_written_while_the_network_runs(
+    tiny_model: Model, jobs: list[Job], tmp_path: Path, monkeypatch
+) -> None:
+    """The network waits for the next CT to be read, and writing for the network: in turn, none would end."""
+    real_read, real_write = engine.read_case, engine.write_mask
+    read, predicted = ([threading.Event() for _ in jobs] for _ in range(2))
+
+    def read_case(job, options):
+        case = real_read(job, options)
+        read[jobs.index(job)].set()
+        return case
+
+    def predict_later(*arguments):
+        number = sum(event.is_set() for event in predicted)
+        assert read[min(number + 1, 2)].wait(timeout=30)
+        predicted[number].set()
+        return predict(*arguments)
+
+    def write_mask(job, *rest):
+        assert predicted[min(jobs.index(job) + 1, 2)].wait(timeout=30)
+        return real_write(job, *rest)
+
+    monkeypatch.setattr(engine, "read_case", read_case)
+    monkeypatch.setattr(engine, "predict", predict_later)
+    monkeypatch.setattr(engine, "write_mask", write_mask)
+    before = threading.active_count()
+    assert statuses(infer(tiny_model, jobs, tmp_path / "out", Silent())) == ["done"] * 3
+    assert threading.active_count() == before
 
 
 def test_a_ct_newer_than_its_mask_is_done_again(tiny_model: Model, jobs: list[Job], tmp_path: Path) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from ctseg import slurm
 from ctseg.commands.common import (
     BackendOption,
     DeviceOption,
@@ -25,6 +27,7 @@ from ctseg.commands.common import (
     emit,
     rounded,
 )
+from ctseg.errors import CasesFailed, CtsegError
 from ctseg.files import make_folder
 from ctseg.jobs import Options, Shard, choose_shard, find_jobs
 from ctseg.progress import make_progress
@@ -62,6 +65,9 @@ def infer(
         str | None,
         typer.Option(metavar="I/N", help="Only the I-th of N parts of the CTs; auto: this Slurm array task's part."),
     ] = None,
+    gpus: Annotated[
+        int | None, typer.Option("--gpus", min=1, help="Deal the CTs out to this many processes, one per GPU.")
+    ] = None,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
     backend: BackendOption = None,
@@ -80,9 +86,13 @@ def infer(
         seg_type=seg_type,
         keep_empty_frames=keep_empty_frames,
     )
+    in_parts = _launches(gpus, device)
     with make_progress(quiet) as progress:
         jobs = find_jobs(inputs, output, options, progress)
     make_folder(output)
+    if in_parts:
+        _infer_in_parts(gpus or 1, shard, path, as_json)
+        return
     from ctseg.engine.infer import infer as run
     from ctseg.engine.model import load_model
     from ctseg.engine.runtime import running, stop_on_signal
@@ -101,6 +111,33 @@ def infer(
     emit([dataclasses.asdict(o) for o in outcomes], _text(outcomes, path), as_json)
     errors = [o.error for o in outcomes if o.status == "failed"]
     check_none_failed(errors, len(outcomes), f"files failed, listed in {output / part.failures}")
+
+
+def _launches(gpus: int | None, device: str) -> bool:
+    """Whether this process starts others, one per GPU, and is none of them itself; checks that it can."""
+    if gpus is None or "RANK" in os.environ:
+        return False
+    tasks = slurm.num_tasks(os.environ)
+    if gpus > 1 and tasks > 1:
+        raise CtsegError(
+            f"--gpus {gpus}: srun has started {tasks} tasks already, each of them one process on one GPU; leave "
+            f"--gpus out, or start one task (srun --ntasks=1)"
+        )
+    from ctseg.engine.launch import check_gpus
+
+    check_gpus(gpus, device)
+    return gpus > 1
+
+
+def _infer_in_parts(gpus: int, shard: str | None, model: Path, as_json: bool) -> None:
+    from ctseg.engine.infer import Outcome
+    from ctseg.engine.parts import run_parts
+
+    answers = run_parts(gpus, [*sys.argv[1:], "--json", "--shard", shard or "1/1"])
+    outcomes = [Outcome(**{**row, "image": Path(row["image"]), "mask": Path(row["mask"])}) for row in answers.rows]
+    emit(answers.rows, _text(outcomes, model), as_json)
+    if answers.failed:
+        raise CasesFailed  # each process has told its own
 
 
 def _part(shard: Shard) -> str:

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-import csv
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 
-from ctseg.dicom_jobs import STRICT
-from ctseg.engine.cases import read_case, write_mask
+from ctseg.engine.cases import Digest, ReadCase, digest_input, read_case, write_mask
+from ctseg.engine.clock import Clock
+from ctseg.engine.folder import claim, record_failure
+from ctseg.engine.memory import peak_memory_bytes
 from ctseg.engine.model import Model
+from ctseg.engine.pipeline import Check, overlapped
 from ctseg.engine.predict import OnWindow, predict
+from ctseg.engine.run_manifest import RunManifest, open_run_manifest, run_facts
 from ctseg.engine.runtime import memory_errors
-from ctseg.errors import CtsegError, ImageError, NotEnoughMemory, Stopped
-from ctseg.files import make_folder, output_errors, write_csv, write_json
-from ctseg.jobs import PLAIN, Job, Options, Shard, is_mask_name
+from ctseg.errors import ImageError, NotEnoughMemory, Stopped
+from ctseg.files import make_folder
+from ctseg.jobs import PLAIN, Job, Options, Shard
 from ctseg.manifest import image_stem
 from ctseg.progress import Progress
-from ctseg.provenance import differences, read_object
 from ctseg.report.overlay import draw_overlay
 
-RECORD = "ctseg_model.json"
-"""Names the model whose masks a folder holds."""
 WHOLE = Shard()
 
 
@@ -35,7 +36,10 @@ class Outcome:
     """What became of one CT: "done", "skipped" (its mask was there) or "failed".
 
     Attributes:
+        seconds: Of work on it, without waiting.
         notes: What was repaired or odd about a DICOM series, or missing in its header.
+        stage_seconds: Of "read", "prepare", "network", "restore", "write", as far as it came, and "waiting" between
+            them while other CTs were worked on.
     """
 
     image: Path
@@ -45,6 +49,20 @@ class Outcome:
     seconds: float
     error: str = ""
     notes: tuple[str, ...] = ()
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class _Work:
+    """A CT on its way through the stages: what each has added. An `error` ends it."""
+
+    job: Job
+    clock: Clock = field(default_factory=Clock)
+    skipped: bool = False
+    case: ReadCase | None = None
+    digest: Digest | None = None
+    mask: NDArray[np.uint8] | None = None
+    error: str = ""
 
 
 def infer(
@@ -61,8 +79,9 @@ def infer(
 ) -> list[Outcome]:
     """Writes the mask of every job of `shard` that is not done yet; one outcome for each, in order.
 
-    A mask is done when it is there and not older than its CT. Failed ones are listed in `failures.csv`. A shard
-    never replaces another model's masks: what it took for old ones could be another shard's new ones.
+    A mask is done when it is there and not older than its CT. The next CT is read and the last mask written while the
+    network runs. Failed ones are listed in `failures.csv`, all in `ctseg_run.json`. A shard never replaces another
+    model's masks: what it took for old ones could be another shard's new ones.
 
     Raises:
         OutputError: if masks cannot be written; finished ones stay.
@@ -72,57 +91,41 @@ def infer(
     """
     make_folder(output)
     mine = shard.take(jobs)
-    _claim(output, model, mine, options.record(jobs), overwrite and shard.count == 1)
+    claim(output, model, mine, options.record(jobs), overwrite and shard.count == 1)
     outcomes: list[Outcome] = []
 
-    def stop() -> None:
-        if stop_requested():
-            raise Stopped(f"stopped by a signal after {len(outcomes)} of {len(mine)} CTs; the same command goes on")
+    def segment(work: _Work, check: Check) -> _Work:
+        def stop() -> None:
+            check()
+            if stop_requested():
+                raise Stopped
 
+        return _segment(work, model, progress, stop)
+
+    def finished(outcome: Outcome) -> None:
+        outcomes.append(outcome)
+        for note in outcome.notes:
+            progress.note(f"{outcome.image.name}: {note}")
+        progress.advance(f"{outcome.image.name}: {outcome.error or outcome.status}")
+
+    facts = run_facts(model, options, shard, overwrite=overwrite, overlays=overlays)
     progress.start(f"segmenting with {model.recipe.name}", len(mine))
-    for job in mine:
-        stop()
-        if not overwrite and _is_done(job):
-            outcomes.append(Outcome(job.image, job.mask, "skipped", {}, 0.0))
-        else:
-            outcomes.append(_run(model, job, options, progress, overlays, stop))
-        _record_failures(output / shard.failures, outcomes[-1])
-        progress.advance(f"{job.image.name}: {outcomes[-1].error or outcomes[-1].status}")
+    with open_run_manifest(output / shard.run_manifest, facts) as manifest:
+        read = partial(_read, options=options, overwrite=overwrite, device=model.runtime.device)
+
+        def write(work: _Work) -> Outcome:
+            outcome = _write(work, model, options, overlays)
+            record_failure(output / shard.failures, str(outcome.image), outcome.error)
+            _record(manifest, outcome, work.digest, model.runtime.device)
+            return outcome
+
+        try:
+            overlapped(mine, read, segment, write, finished)
+        except Stopped as error:
+            done = f"{len(outcomes)} of {len(mine)} CTs"
+            raise Stopped(f"stopped by a signal after {done}; the same command goes on") from error
     progress.finish()
     return outcomes
-
-
-def _claim(output: Path, model: Model, jobs: list[Job], made_with: dict[str, Any], overwrite: bool) -> None:
-    """Records how the folder's masks are made, so that those of two models or ways never mix when a run is cut off."""
-    record = {"recipe": model.recipe.name, "model": model.path.name, "sha256": model.sha256}
-    present = read_object(output / RECORD)
-    if not present:  # masks of unknown origin are not ours
-        present = {} if any(job.mask.exists() for job in jobs) else record
-    different = differences(present, made_with, STRICT)
-    if present.get("sha256") != model.sha256:
-        whose = ", ".join(str(present[key]) for key in ("recipe", "model") if key in present)
-        _replace(output, jobs, f"masks of another model ({whose or 'of unknown origin'})", overwrite)
-        present = {}
-    elif different:
-        _replace(output, jobs, f"masks made with other options ({', '.join(different)})", overwrite)
-    write_json(output / RECORD, present | record | made_with)
-
-
-def _replace(output: Path, jobs: list[Job], what: str, overwrite: bool) -> None:
-    """Removes the masks of `jobs`, if that is allowed and leaves none of the others."""
-    if not overwrite:
-        raise CtsegError(
-            f"'{output}' holds {what}; choose another --output, or --overwrite (without --shard) to replace them"
-        )
-    replaced = {job.mask for job in jobs}
-    left = [path for path in sorted(output.rglob("*")) if is_mask_name(path) and path not in replaced]
-    if left:
-        raise CtsegError(
-            f"'{output}' holds {what}, and {len(left)} would stay, e.g. '{left[0]}'; choose another --output"
-        )
-    with output_errors(output):
-        for job in jobs:
-            job.mask.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -148,30 +151,86 @@ def show_windows(progress: Progress, name: str, stop: Callable[[], None] = lambd
             progress.finish()
 
 
-def _run(
-    model: Model, job: Job, options: Options, progress: Progress, overlays: bool, stop: Callable[[], None]
-) -> Outcome:
-    started = time.perf_counter()
+def _read(job: Job, options: Options, overwrite: bool, device: torch.device) -> _Work:
+    work = _Work(job)
+    if not overwrite and _is_done(job):
+        work.skipped = True
+        return work
+    with _case_errors(work, device), work.clock.stage("read"):
+        work.case = read_case(job, options)
+        work.digest = digest_input(job)
+    return work
+
+
+def _segment(work: _Work, model: Model, progress: Progress, stop: Callable[[], None]) -> _Work:
+    stop()
+    if work.case is None or work.error:
+        return work
+    name = work.job.image.name
+    with _case_errors(work, model.runtime.device), show_windows(progress, name, stop) as on_window:
+        work.mask = predict(model, work.case.volume, on_window, work.clock)
+    return work
+
+
+def _write(work: _Work, model: Model, options: Options, overlays: bool) -> Outcome:
+    job, case, mask = work.job, work.case, work.mask
+    if work.skipped:
+        return Outcome(job.image, job.mask, "skipped", {}, 0.0)
+    volumes: dict[str, float] = {}
+    notes: tuple[str, ...] = ()
+    if case is not None and mask is not None:
+        with _case_errors(work, model.runtime.device), work.clock.stage("write"):
+            notes = case.notes + write_mask(job, case, mask, model, options)
+            if overlays:
+                _draw(job, case, mask, model)
+            volumes = _volumes_ml(case, mask, model)
+    seconds, status = work.clock.with_waiting(), "failed" if work.error else "done"
+    work_seconds = sum(work.clock.seconds.values())
+    if work.error:
+        notes, volumes = (), {}
+    return Outcome(job.image, job.mask, status, volumes, work_seconds, work.error, notes, seconds)
+
+
+@contextmanager
+def _case_errors(work: _Work, device: torch.device) -> Iterator[None]:
+    """Keeps what is wrong with one CT, or too little memory for it, as the error of `work`: the others go on."""
+    image = str(work.job.image)
     try:
-        with memory_errors(f"'{job.image}'", model.runtime.device):
-            case = read_case(job, options)
-        with show_windows(progress, job.image.name, stop) as on_window:
-            mask = predict(model, case.volume, on_window)
-        notes = case.notes + write_mask(job, case, mask, model, options)
+        with memory_errors(f"'{image}'", device):
+            yield
     except (ImageError, NotEnoughMemory) as error:
-        text = str(error) if str(job.image) in str(error) else f"'{job.image}': {error}"
-        return Outcome(job.image, job.mask, "failed", {}, time.perf_counter() - started, text)
-    for note in notes:
-        progress.note(f"{job.image.name}: {note}")
-    volume = case.volume
-    if overlays:
-        stem = image_stem(job.mask)
-        title = job.image.name if job.series is None else stem  # a folder may be called as the patient is
-        hu_window = model.recipe.preprocess.hu_window
-        draw_overlay(job.mask.with_name(f"{stem}.png"), volume, mask, None, hu_window, title)
-    counts = np.bincount(mask.ravel(order="K"), minlength=model.recipe.num_classes)
-    volumes = {n: float(counts[int(v)]) * volume.geometry.voxel_volume_ml for v, n in model.recipe.labels.items()}
-    return Outcome(job.image, job.mask, "done", volumes, time.perf_counter() - started, notes=notes)
+        work.error = str(error) if image in str(error) else f"'{image}': {error}"
+
+
+def _draw(job: Job, case: ReadCase, mask: NDArray[np.uint8], model: Model) -> None:
+    stem = image_stem(job.mask)
+    title = job.image.name if job.series is None else stem  # a folder may be called as the patient is
+    hu_window = model.recipe.preprocess.hu_window
+    draw_overlay(job.mask.with_name(f"{stem}.png"), case.volume, mask, None, hu_window, title)
+
+
+def _volumes_ml(case: ReadCase, mask: NDArray[np.uint8], model: Model) -> dict[str, float]:
+    counts = np.zeros(model.recipe.num_classes, dtype=np.int64)
+    for plane in mask.T:  # counting makes eight bytes of each voxel
+        counts += np.bincount(plane.ravel(), minlength=len(counts))
+    voxel_ml = case.volume.geometry.voxel_volume_ml
+    return {name: float(counts[int(value)]) * voxel_ml for value, name in model.recipe.labels.items()}
+
+
+def _record(manifest: RunManifest, outcome: Outcome, digest: Digest | None, device: torch.device) -> None:
+    if outcome.status == "skipped":
+        manifest.add_skipped(outcome.mask, outcome.image)
+        return
+    case = {
+        "image": str(outcome.image),
+        "status": outcome.status,
+        "sha256": digest and digest.sha256,
+        "num_bytes": digest and digest.num_bytes,
+        "stage_seconds": {stage: round(seconds, 4) for stage, seconds in outcome.stage_seconds.items()},
+        "peak_memory_bytes": peak_memory_bytes(device),
+        "error": outcome.error,
+    }
+    manifest.add(outcome.mask, case)
 
 
 def _is_done(job: Job) -> bool:
@@ -179,24 +238,3 @@ def _is_done(job: Job) -> bool:
         return job.mask.stat().st_mtime_ns >= max(file.stat().st_mtime_ns for file in job.files)
     except OSError:
         return False
-
-
-def _record_failures(path: Path, outcome: Outcome) -> None:
-    """Brings `failures.csv` up to date after each file: its row comes, goes or stays; without rows there is no file."""
-    image = str(outcome.image)
-    before = _read_failures(path)
-    rows = [row for row in before if row["image"] != image]
-    if outcome.status == "failed":
-        rows.append({"image": image, "error": outcome.error})
-    if rows and rows != before:
-        write_csv(path, ("image", "error"), rows)
-    elif not rows:
-        path.unlink(missing_ok=True)
-
-
-def _read_failures(path: Path) -> list[dict[str, str]]:
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            return [{"image": row["image"], "error": row["error"]} for row in csv.DictReader(file)]
-    except (OSError, ValueError, KeyError, csv.Error):
-        return []

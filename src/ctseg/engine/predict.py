@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ctseg.engine.clock import Clock
 from ctseg.engine.model import Model
 from ctseg.engine.runtime import memory_errors
 from ctseg.preprocess import prepare, restore
@@ -27,23 +28,30 @@ OnWindow = Callable[[int, int], None]
 """Called after each network call with (calls done, calls in all)."""
 
 
-def predict(model: Model, volume: Volume, on_window: OnWindow | None = None) -> NDArray[np.uint8]:
+def predict(
+    model: Model, volume: Volume, on_window: OnWindow | None = None, clock: Clock | None = None
+) -> NDArray[np.uint8]:
     """The label map of a CT on its own grid: uint8 `[i, j, k]`, Fortran order.
 
     Args:
         model: Network and recipe.
         volume: CT in Hounsfield units, any orientation.
         on_window: Told of progress.
+        clock: Told how long the stages "prepare", "network" and "restore" take.
 
     Raises:
         ImageError: if its header claims a grid that no CT has.
         NotEnoughMemory: if it does not fit the device.
     """
     size = "x".join(map(str, volume.geometry.size))
-    with memory_errors(f"a CT of {size} voxels", model.runtime.device):
-        prepared = prepare(volume, model.recipe.preprocess, model.runtime.device)
-        logits = window_logits(model, prepared.image_XYZ, model.recipe.inference, on_window)
-        return restore(scores_from_logits(logits), prepared)
+    clock, device = clock or Clock(), model.runtime.device
+    with memory_errors(f"a CT of {size} voxels", device):
+        with clock.stage("prepare", device):
+            prepared = prepare(volume, model.recipe.preprocess, device)
+        with clock.stage("network", device):
+            logits = window_logits(model, prepared.image_XYZ, model.recipe.inference, on_window)
+        with clock.stage("restore", device):
+            return restore(scores_from_logits(logits), prepared)
 
 
 def scores_from_logits(logits_CXYZ: Tensor) -> Tensor:

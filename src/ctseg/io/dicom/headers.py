@@ -7,10 +7,10 @@ What pydicom makes of hostile bytes can be any exception; it becomes an ImageErr
 from __future__ import annotations
 
 import io
+import threading
 import warnings
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -150,17 +150,37 @@ class Header:
             return None
 
 
-@contextmanager
-def pydicom_silent() -> Iterator[None]:
-    """No warnings of pydicom inside: what a header says is judged by ctseg's own rules. For the main thread."""
-    mode = pydicom.config.settings.reading_validation_mode
-    pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        pydicom.config.settings.reading_validation_mode = mode
+class _Silence:
+    """No warnings of pydicom from the first thread that enters to the last that leaves: its settings are global."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._threads_inside = 0
+        self._before = ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._threads_inside += 1
+            if self._threads_inside == 1:
+                settings = pydicom.config.settings
+                self._before.callback(setattr, settings, "reading_validation_mode", settings.reading_validation_mode)
+                settings.reading_validation_mode = pydicom.config.IGNORE
+                self._before.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore")
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._threads_inside -= 1
+            if self._threads_inside == 0:
+                self._before.close()
+
+
+_SILENCE = _Silence()
+
+
+def pydicom_silent() -> AbstractContextManager[None]:
+    """No warnings of pydicom inside: what a header says is judged by ctseg's own rules. For several threads too."""
+    return _SILENCE
 
 
 def read_header(source: Source) -> Header | None:

@@ -1,0 +1,148 @@
+"""How the masks of a folder were made and from what, kept up to date while they are made: `ctseg_run.json`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ctseg
+from ctseg.engine.model import Model
+from ctseg.errors import CtsegError, OutputError, Stopped
+from ctseg.files import write_text
+from ctseg.jobs import Options, Shard
+from ctseg.privacy import without_uids
+from ctseg.provenance import read_object
+
+CASES, EARLIER = "cases", "earlier_runs"
+
+
+def run_facts(model: Model, options: Options, shard: Shard, **flags: bool) -> dict[str, Any]:
+    """What decides about the masks of a run, and where it runs; a UID in the rule for series is left out."""
+    runtime = model.runtime
+    cuda = runtime.device.type == "cuda"
+    libraries = dict.fromkeys(("torch", "numpy", model.backend))
+    chosen = dataclasses.asdict(options)
+    return {
+        "ctseg": ctseg.__version__,
+        "python": platform.python_version(),
+        "libraries": {name: getattr(sys.modules.get(name), "__version__", None) for name in libraries},
+        "device": str(runtime.device),
+        "gpu": torch.cuda.get_device_name(runtime.device) if cuda else None,
+        "precision": runtime.precision,
+        "backend": model.backend,
+        "threads": torch.get_num_threads(),
+        "model": model.path.name,
+        "model_sha256": model.sha256,
+        "recipe": model.recipe.name,
+        "options": {**chosen, "series": chosen["series"] and without_uids(chosen["series"]), **flags},
+        "shard": str(shard),
+    }
+
+
+class RunManifest:
+    """The manifest of a run, in a file that is whole after every case.
+
+    Entries of earlier runs stay while their masks are there, or as long as their CTs have failed; `earlier_runs` says
+    how those masks were made. Masks of another model have no entry.
+    """
+
+    def __init__(self, path: Path, facts: Mapping[str, Any]) -> None:
+        self._path = path
+        self._run = {**facts, "started": _now(), "finished": None, "state": "running", "error": ""}
+        self._earlier: list[dict[str, Any]] = []
+        self._cases: dict[str, dict[str, Any]] = {}
+        self._lines: dict[str, str] = {}
+        self._take_over(read_object(path) or {})
+
+    def add(self, mask: Path, case: Mapping[str, Any]) -> None:
+        """Puts the entry of a CT whose mask is `mask` in the place of its old one, and writes the file."""
+        self._set({"mask": self._name(mask), **case, "run": self._run["started"]})
+        self.write()
+
+    def add_skipped(self, mask: Path, image: Path) -> None:
+        """Keeps the entry of a mask that was there; one without an entry gets one that knows nothing of it.
+
+        The file is not written: it costs too much for many CTs that cost nothing, and nothing is lost with it.
+        """
+        name = self._name(mask)
+        if self._cases.get(name, {}).get("status") != "done":
+            self._set({"mask": name, "image": str(image), "status": "skipped", "run": self._run["started"]})
+
+    def close(self, state: str, error: str = "") -> None:
+        """Writes how the run has ended."""
+        self._run |= {"finished": _now(), "state": state, "error": error}
+        self.write()
+
+    def _take_over(self, before: dict[str, Any]) -> None:
+        runs = [
+            {key: value for key, value in before.items() if key not in (CASES, EARLIER)},
+            *_objects(before, EARLIER),
+        ]
+        runs = [run for run in runs if isinstance(run.get("started"), str)]
+        self._earlier = [run for run in runs if run.get("model_sha256") == self._run["model_sha256"]]
+        known = [run["started"] for run in self._earlier]
+        for case in _objects(before, CASES):
+            mask = case.get("mask")
+            if not isinstance(mask, str) or case.get("run") not in known:
+                continue
+            if case.get("status") == "failed" or _is_there(self._path.parent / mask):
+                self._set(case)
+
+    def _set(self, case: dict[str, Any]) -> None:
+        self._cases[case["mask"]] = case
+        self._lines[case["mask"]] = json.dumps(case)  # once, as there may be thousands
+
+    def write(self) -> None:
+        """Writes the file: one line for each case, so that it can be searched and compared."""
+        told = {case["run"] for case in self._cases.values()}
+        earlier = [run for run in self._earlier if run["started"] in told]
+        head = json.dumps({**self._run, EARLIER: earlier}, indent=1).removesuffix("\n}")
+        lines = ",".join(f"\n  {line}" for line in self._lines.values())
+        write_text(self._path, f'{head},\n "{CASES}": [{lines}\n ]\n}}\n')
+
+    def _name(self, mask: Path) -> str:
+        return mask.relative_to(self._path.parent).as_posix()
+
+
+@contextmanager
+def open_run_manifest(path: Path, facts: Mapping[str, Any]) -> Iterator[RunManifest]:
+    """The manifest of the run inside, which tells how that ended, whatever happens.
+
+    Raises:
+        OutputError: if it cannot be written.
+    """
+    manifest = RunManifest(path, facts)
+    manifest.write()
+    try:
+        yield manifest
+    except BaseException as error:
+        state = "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
+        with suppress(OutputError):  # the disk may be full, and that was told already
+            manifest.close(state, str(error) if isinstance(error, CtsegError) else type(error).__name__)
+        raise
+    manifest.close("complete")
+
+
+def _objects(data: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
+    listed = data.get(key)
+    return [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that no file can have
+        return False
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat()
