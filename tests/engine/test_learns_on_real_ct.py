@@ -19,6 +19,7 @@ SHORTENED = [
     "schedule={kind='cosine'}",
     "training.batch_cases=3",
     "sampling.patches_per_case=2",
+    "sampling.positive_fraction=0.3",  # in so few steps the background would be seen too little
 ]
 
 
