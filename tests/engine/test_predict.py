@@ -211,6 +211,6 @@ def test_scores_of_two_classes_are_the_difference_of_probabilities() -> None:
 
 def test_scores_of_several_classes_are_the_softmax() -> None:
     logits = torch.randn((4, 3, 2, 5), generator=torch.Generator().manual_seed(0))
-    scores = scores_from_logits(logits)
+    scores = scores_from_logits(logits.clone())
     torch.testing.assert_close(scores.sum(dim=0), torch.ones(3, 2, 5))
     torch.testing.assert_close(scores[2] / scores[1], (logits[2] - logits[1]).exp())
