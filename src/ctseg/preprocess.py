@@ -263,8 +263,6 @@ def _reach(taps: Taps, first: int, last: int) -> tuple[int, int]:
     return (int(touching[0]), int(touching[-1]) + 1) if len(touching) else (0, 0)
 
 
-
-
 def _resampled_slabs(
     source: Tensor | NDArray[Any], taps: list[Taps], device: torch.device
 ) -> Iterator[tuple[int, Tensor]]:

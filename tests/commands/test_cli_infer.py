@@ -294,7 +294,7 @@ def test_stopped_by_a_signal_and_done_by_the_same_command(
 
     real = engine.predict
 
-    def signalled(model: Any, volume: Any, on_window: Any) -> Any:
+    def signalled(model: Any, volume: Any, on_window: Any, *placement: Any) -> Any:
         mask = real(model, volume, on_window)
         os.kill(os.getpid(), signal.SIGUSR1)
         return mask

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import csv
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ctseg.dicom_jobs import STRICT
 from ctseg.engine.cases import read_case, write_mask
 from ctseg.engine.model import Model
-from ctseg.engine.predict import OnWindow, predict
+from ctseg.engine.plan import NO_PLANS, TOO_LARGE, Plan
+from ctseg.engine.predict import IN_MEMORY, OnWindow, predict
 from ctseg.engine.runtime import memory_errors
 from ctseg.errors import CtsegError, ImageError, NotEnoughMemory, Stopped
 from ctseg.files import make_folder, output_errors, write_csv, write_json
@@ -24,6 +23,7 @@ from ctseg.manifest import image_stem
 from ctseg.progress import Progress
 from ctseg.provenance import differences, read_object
 from ctseg.report.overlay import draw_overlay
+from ctseg.scratch import count_values
 
 RECORD = "ctseg_model.json"
 """Names the model whose masks a folder holds."""
@@ -57,12 +57,14 @@ def infer(
     overwrite: bool = False,
     overlays: bool = False,
     shard: Shard = WHOLE,
+    plans: Mapping[Path, Plan] = NO_PLANS,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> list[Outcome]:
     """Writes the mask of every job of `shard` that is not done yet; one outcome for each, in order.
 
     A mask is done when it is there and not older than its CT. Failed ones are listed in `failures.csv`. A shard
-    never replaces another model's masks: what it took for old ones could be another shard's new ones.
+    never replaces another model's masks: what it took for old ones could be another shard's new ones. `plans` says by
+    mask where the arrays of a CT lie, see `ctseg.engine.plan`; without one they lie in memory.
 
     Raises:
         OutputError: if masks cannot be written; finished ones stay.
@@ -82,10 +84,10 @@ def infer(
     progress.start(f"segmenting with {model.recipe.name}", len(mine))
     for job in mine:
         stop()
-        if not overwrite and _is_done(job):
+        if not overwrite and job.is_done:
             outcomes.append(Outcome(job.image, job.mask, "skipped", {}, 0.0))
         else:
-            outcomes.append(_run(model, job, options, progress, overlays, stop))
+            outcomes.append(_run(model, job, options, progress, overlays, stop, plans.get(job.mask)))
         _record_failures(output / shard.failures, outcomes[-1])
         progress.advance(f"{job.image.name}: {outcomes[-1].error or outcomes[-1].status}")
     progress.finish()
@@ -149,14 +151,25 @@ def show_windows(progress: Progress, name: str, stop: Callable[[], None] = lambd
 
 
 def _run(
-    model: Model, job: Job, options: Options, progress: Progress, overlays: bool, stop: Callable[[], None]
+    model: Model,
+    job: Job,
+    options: Options,
+    progress: Progress,
+    overlays: bool,
+    stop: Callable[[], None],
+    plan: Plan | None,
 ) -> Outcome:
     started = time.perf_counter()
+    placement = plan.placement if plan else IN_MEMORY
     try:
+        if plan and plan.way == TOO_LARGE:
+            raise NotEnoughMemory(plan.error)
+        if plan and placement != IN_MEMORY:
+            progress.note(f"{job.image.name}: {plan.way}, as memory is limited: {plan.describe()}")
         with memory_errors(f"'{job.image}'", model.runtime.device):
-            case = read_case(job, options)
+            case = read_case(job, options, placement.volumes)
         with show_windows(progress, job.image.name, stop) as on_window:
-            mask = predict(model, case.volume, on_window)
+            mask = predict(model, case.volume, on_window, placement)
         notes = case.notes + write_mask(job, case, mask, model, options)
     except (ImageError, NotEnoughMemory) as error:
         text = str(error) if str(job.image) in str(error) else f"'{job.image}': {error}"
@@ -169,16 +182,9 @@ def _run(
         title = job.image.name if job.series is None else stem  # a folder may be called as the patient is
         hu_window = model.recipe.preprocess.hu_window
         draw_overlay(job.mask.with_name(f"{stem}.png"), volume, mask, None, hu_window, title)
-    counts = np.bincount(mask.ravel(order="K"), minlength=model.recipe.num_classes)
+    counts = count_values(mask, model.recipe.num_classes)
     volumes = {n: float(counts[int(v)]) * volume.geometry.voxel_volume_ml for v, n in model.recipe.labels.items()}
     return Outcome(job.image, job.mask, "done", volumes, time.perf_counter() - started, notes=notes)
-
-
-def _is_done(job: Job) -> bool:
-    try:
-        return job.mask.stat().st_mtime_ns >= max(file.stat().st_mtime_ns for file in job.files)
-    except OSError:
-        return False
 
 
 def _record_failures(path: Path, outcome: Outcome) -> None:

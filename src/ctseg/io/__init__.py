@@ -58,6 +58,23 @@ class Header:
     intercept: float = 0.0
 
 
+@dataclass(frozen=True)
+class Extent:
+    """What reading a CT takes, by its header.
+
+    Attributes:
+        geometry: Its grid.
+        held_bytes: Of the voxels once they are read.
+        reading_bytes: Of memory more, while they are read into memory.
+        movable: Whether they can be read to disk instead, see `ctseg.scratch`.
+    """
+
+    geometry: Geometry
+    held_bytes: int
+    reading_bytes: int = 0
+    movable: bool = True
+
+
 def data_problems(
     size: tuple[int, int, int], dtype: np.dtype[Any], encoding: str, packed_bytes: int, skip: int = 0
 ) -> list[str]:

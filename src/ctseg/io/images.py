@@ -6,6 +6,7 @@ allocated before the header has passed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from ctseg.errors import ImageError, OutputError
 from ctseg.files import atomic_path
-from ctseg.io import Header, itk, nifti, read_array
+from ctseg.io import Extent, Header, itk, nifti, read_array
 from ctseg.manifest import IMAGE_SUFFIXES
 from ctseg.scratch import extremes, in_slabs, new_array
 from ctseg.volume import Geometry, Volume
@@ -43,6 +44,25 @@ OTHER_SUFFIXES = {
     ".mhd": "a header without its voxels; convert it to .mha",
     ".dcm": "one DICOM slice; `ctseg convert` reads the folder of its series",
 }
+
+
+def read_extent(path: Path) -> Extent:
+    """What `read_image` will take; only the header is read and checked.
+
+    Integers that are shifted are taken to keep their width, as those of CT do.
+
+    Raises:
+        ImageError: as `read_image`, for what the header shows.
+    """
+    with _read_errors(path):
+        header = _read_header(path)
+    stored = held = header.dtype.itemsize
+    if (header.slope, header.intercept) != (1.0, 0.0):
+        shifted = header.slope == 1.0 and header.intercept.is_integer() and header.dtype.kind in "iu"
+        held = max(stored, 2) if shifted else 4
+    voxels = math.prod(header.geometry.size)
+    in_place = held == stored and (held == 4 or header.dtype.kind in "iu")
+    return Extent(header.geometry, voxels * held, 0 if in_place else voxels * stored)
 
 
 def read_image(path: Path, scratch: Path | None = None) -> Volume:
