@@ -434,7 +434,7 @@ def test_a_dry_run_tells_and_writes_nothing(cli: Callable[..., Any], two_cts: No
     before = files_below(tmp_path)
     result = cli("infer", "ct", "--output", "masks", "--model", tiny_model, "--dry-run")
     assert (result.code, files_below(tmp_path), (tmp_path / "masks").exists()) == (0, before, False)
-    header = "image voxels windows memory_GB disk_GB seconds way".split()
+    header = ["image", "voxels", "windows", "memory_GB", "disk_GB", "seconds", "way"]
     assert header in [line.split() for line in result.out.splitlines()]
     assert result.out.count("  in memory\n") == 4
     assert re.search(r"\n4 CTs, about \d+ s, up to \d\.\d\d GB of \d+\.\d\d GB \(.*\)\n$", result.out)
