@@ -267,7 +267,8 @@ def _resampled_slabs(
     source: Tensor | NDArray[Any], taps: list[Taps], device: torch.device
 ) -> Iterator[tuple[int, Tensor]]:
     """Pieces (start, float32 values) of `source` sampled by `taps`, along axis 0; parts that were read are released."""
-    depth = max(1, SLAB_VOXELS // max(1, source.shape[1] * source.shape[2]))
+    plane = max(source.shape[1] * source.shape[2], len(taps[1]) * len(taps[2]))
+    depth = max(1, SLAB_VOXELS // plane)
     for start in range(0, len(taps[0]), depth):
         part = taps[0].part(start, min(start + depth, len(taps[0])))
         first, last = int(part.low.min()), int(part.high.max())
