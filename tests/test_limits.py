@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ctseg import limits
-from ctseg.limits import available_cpus, memory_limit
+from ctseg.limits import available_cpus, available_memory, memory_limit
 
 GIB = 2**30
 
@@ -20,6 +20,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     (tmp_path / "cgroup").mkdir()
     monkeypatch.setattr(limits, "CGROUPS", tmp_path / "cgroup")
     monkeypatch.setattr(limits, "OWN_CGROUPS", tmp_path / "own")
+    monkeypatch.setattr(limits, "MEMORY", tmp_path / "meminfo")
     return tmp_path
 
 
@@ -123,3 +124,29 @@ def test_affinity_of_this_process_counts(monkeypatch) -> None:
         assert available_cpus() == 1
     finally:
         os.sched_setaffinity(0, everything)
+
+
+def test_available_memory_is_what_is_free_and_what_is_ours_already(machine: Path) -> None:
+    write(machine / "meminfo", "MemTotal:  99999999 kB\nMemFree:  1 kB\nMemAvailable:    2097152 kB\nBuffers:  5 kB")
+    assert available_memory(GIB) == (3 * GIB, "free memory")
+    write(machine / "cgroup/memory.max", str(4 * GIB))
+    assert available_memory(GIB) == (3 * GIB, "free memory")
+    assert available_memory(3 * GIB) == (4 * GIB, "cgroup limit")
+
+
+def test_tasks_on_a_node_share_its_memory(monkeypatch, machine: Path) -> None:
+    write(machine / "meminfo", f"MemAvailable: {64 * 2**20} kB")
+    for name, value in {
+        "SLURM_MEM_PER_NODE": "8192",
+        "SLURM_PROCID": "1",
+        "SLURM_STEP_NUM_TASKS": "4",
+        "SLURM_STEP_TASKS_PER_NODE": "4",
+    }.items():
+        monkeypatch.setenv(name, value)
+    assert available_memory(GIB) == (2 * GIB, "Slurm's share of the job on this node")
+
+
+def test_nothing_says_how_much_memory_there_is(machine: Path) -> None:
+    amount, who = available_memory(GIB)
+    assert amount > 2**60
+    assert who == "no limit"

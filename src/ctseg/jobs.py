@@ -86,6 +86,14 @@ class Job:
         """What the CT is made of: a mask is out of date when one of these is newer."""
         return {self.image} if self.series is None else {one.source.path for one in self.series}
 
+    @property
+    def is_done(self) -> bool:
+        """True if the mask is there and not older than the CT."""
+        try:
+            return self.mask.stat().st_mtime_ns >= max(file.stat().st_mtime_ns for file in self.files)
+        except OSError:
+            return False
+
 
 def is_mask_name(path: Path) -> bool:
     """True for a file that is called as masks are."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from ctseg.slurm import number, tasks_on_node
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
 """Lines such as "0::/slurm/job_7/step_0" (version 2) and "4:cpu,cpuacct:/slurm/job_7" (version 1)."""
+
+MEMORY = Path("/proc/meminfo")
 
 
 def available_cpus() -> int:
@@ -26,6 +29,25 @@ def memory_limit() -> tuple[int, str] | None:
     if granted:
         limits.append((granted, "Slurm's share of the job on this node"))
     return min(limits, default=None)
+
+
+def available_memory(own_bytes: int) -> tuple[int, str]:
+    """Bytes that this process may have in memory, and who says so.
+
+    The smallest of: what is free here, added to the `own_bytes` that this process has already; and this process's part
+    of `memory_limit`, which srun's tasks on one node share.
+    """
+    shares = [(own_bytes + free, "free memory") for free in _free_memory()]
+    limit = memory_limit()
+    if limit is not None:
+        shares.append((limit[0] // tasks_on_node(os.environ), limit[1]))
+    return min(shares, default=(2**63 - 1, "no limit"))
+
+
+def _free_memory() -> Iterator[int]:
+    match = re.search(r"^MemAvailable:\s+(\d+) kB$", _text(MEMORY), re.MULTILINE)
+    if match:
+        yield int(match[1]) * 1024
 
 
 def _quotas() -> Iterator[int]:

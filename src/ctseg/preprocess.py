@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ctseg.errors import ImageError
+from ctseg.scratch import SLAB_VOXELS, new_array, release
 from ctseg.specs import Preprocess
 from ctseg.volume import Geometry, Volume, orientation_to_ras, to_ras
 
-SLAB_VOXELS = 1_000_000
-"""Resampling works on about this many voxels at a time (4 MB of float32)."""
 MAX_VOXELS = 2**30
 """More on the network's grid is a damaged header, not a CT: a whole body at 1 mm has half of this."""
 SPACING_TOLERANCE_MM = 1e-3
@@ -120,22 +120,25 @@ def _times(values: Iterable[float]) -> str:
     return " x ".join(f"{value:.6g}" for value in values)
 
 
-def prepare(volume: Volume, spec: Preprocess, device: torch.device) -> Prepared:
+def prepare(volume: Volume, spec: Preprocess, device: torch.device, scratch: Path | None = None) -> Prepared:
     """The network's input: RAS axes, `spec.spacing_mm`, `spec.hu_window` mapped to 0..1 and clipped.
 
     Args:
         volume: CT in Hounsfield units, any axis order.
         spec: Spacing and window.
         device: Where the work is done and the result lies.
+        scratch: On the CPU, a folder on whose disk the result is to lie; None: in memory.
     """
     grid = network_geometry(volume.geometry, spec.spacing_mm)
     low, high = spec.hu_window
     axes = _memory_order(volume.array)
     taps = [_to_network_grid(volume.geometry, grid, axis, device) for axis in axes]
-    source = _memory_view(volume.array, axes)
-    out = torch.empty([len(t) for t in taps], dtype=torch.float32, device=device)
+    source = volume.array.transpose(axes)
+    out = new_tensor(tuple(len(t) for t in taps), device, scratch)
     for start, slab in _resampled_slabs(source, taps, device):
-        out[start : start + len(slab)] = slab.sub_(low).div_(high - low).clamp_(0.0, 1.0)
+        part = out[start : start + len(slab)]
+        part.copy_(slab.sub_(low).div_(high - low).clamp_(0.0, 1.0))
+        release_tensor(part)
     ras_axes = [orientation_to_ras(volume.geometry)[axis][0] for axis in axes]
     image_XYZ = out.permute([ras_axes.index(n) for n in range(3)])
     return Prepared(image_XYZ, grid, volume.geometry)
@@ -156,21 +159,22 @@ def prepare_labels(labels: Volume, spec: Preprocess) -> NDArray[np.uint8]:
     return np.ascontiguousarray(sampled.transpose(np.argsort([ras_axis for ras_axis, _ in order])))
 
 
-def restore(scores_CXYZ: Tensor, prepared: Prepared) -> NDArray[np.uint8]:
+def restore(scores_CXYZ: Tensor, prepared: Prepared, scratch: Path | None = None) -> NDArray[np.uint8]:
     """Labels on the CT's own grid, `[i, j, k]` in Fortran order: linear interpolation of the scores, then a decision.
 
     Args:
         scores_CXYZ: One channel: label 1 where the interpolated value is above 0 (pass the probability of the
             foreground minus that of the background). Several: the class with the largest interpolated value, the
             first of equals, as argmax.
-        prepared: What `prepare` returned for this CT.
+        prepared: What `prepare` returned for this CT; its image is not needed any more.
+        scratch: Folder on whose disk the labels are to lie; None: in memory.
 
     Interpolated values are weighted means of at most eight neighbours, so a voxel can only get a label if one of its
     neighbours on the network's grid has it: work is confined to that box, and the result is exactly that of
     resampling the whole volume.
     """
     source = prepared.source
-    labels = np.zeros(source.size, dtype=np.uint8, order="F")
+    labels: NDArray[np.uint8] = new_array(source.size[::-1], np.uint8, scratch).T
     box = _label_box(scores_CXYZ)
     if box is None:
         return labels
@@ -188,11 +192,40 @@ def restore(scores_CXYZ: Tensor, prepared: Prepared) -> NDArray[np.uint8]:
         taps.append(part.shifted(first))
         targets.append(slice(start, stop))
     cropped = scores_CXYZ[..., crops[0], crops[1], crops[2]]
-    by_memory = cropped.permute(0, *[1 + order[axis][0] for axis in (2, 1, 0)]).contiguous()
+    by_memory = cropped.permute(0, *[1 + order[axis][0] for axis in (2, 1, 0)])
     target = labels.transpose(2, 1, 0)[tuple(targets)]
     for start, decided in _decided_slabs(by_memory, taps):
-        target[start : start + len(decided)] = decided.cpu().numpy()
+        slab = target[start : start + len(decided)]
+        slab[...] = decided.cpu().numpy()
+        release(slab)
     return labels
+
+
+def new_tensor(shape: tuple[int, ...], device: torch.device, scratch: Path | None = None) -> Tensor:
+    """Float32 zeros on a device; on the CPU they may lie on the disk of a folder, see `ctseg.scratch`."""
+    if device.type == "cpu":
+        return torch.from_numpy(new_array(shape, np.float32, scratch))
+    return torch.zeros(shape, device=device)
+
+
+def release_tensor(values: Tensor) -> None:
+    """`ctseg.scratch.release` for tensors."""
+    if values.device.type == "cpu":
+        release(values.numpy())
+
+
+def slabs_of(values_CXYZ: Tensor) -> Iterator[tuple[slice, slice, slice, slice]]:
+    """Indices of slabs of a grid along its slowest axis of memory; the values of each are released after its turn.
+
+    On a GPU it is the whole grid at once.
+    """
+    axis = max((1, 2, 3), key=values_CXYZ.stride)
+    size = values_CXYZ.shape[axis]
+    depth = max(1, SLAB_VOXELS * size // values_CXYZ.numel()) if values_CXYZ.device.type == "cpu" else size
+    for start in range(0, size, depth):
+        x, y, z = (slice(start, start + depth) if n == axis else slice(None) for n in (1, 2, 3))
+        yield slice(None), x, y, z
+        release_tensor(values_CXYZ[:, x, y, z])
 
 
 def _decided_slabs(scores: Tensor, taps: list[Taps]) -> Iterator[tuple[int, Tensor]]:
@@ -212,10 +245,15 @@ def _decided_slabs(scores: Tensor, taps: list[Taps]) -> Iterator[tuple[int, Tens
 
 def _label_box(scores_CXYZ: Tensor) -> list[tuple[int, int]] | None:
     """First and last index along X, Y, Z of voxels with a label, or None where there is none."""
-    lead_XYZ = scores_CXYZ[0] if len(scores_CXYZ) == 1 else scores_CXYZ[1:].amax(dim=0) - scores_CXYZ[0]
-    lead_XY = lead_XYZ.amax(dim=2)
-    profiles = (lead_XY.amax(dim=1), lead_XY.amax(dim=0), lead_XYZ.amax(dim=0).amax(dim=0))
-    hits = [(profile > 0).nonzero() for profile in profiles]
+    labelled = [torch.zeros(n, dtype=torch.bool, device=scores_CXYZ.device) for n in scores_CXYZ.shape[1:]]
+    for box in slabs_of(scores_CXYZ):
+        slab = scores_CXYZ[box]
+        lead_XYZ = slab[0] if len(slab) == 1 else slab[1:].amax(dim=0) - slab[0]
+        lead_XY = lead_XYZ.amax(dim=2)
+        profiles = (lead_XY.amax(dim=1), lead_XY.amax(dim=0), lead_XYZ.amax(dim=0).amax(dim=0))
+        for places, part, profile in zip(labelled, box[1:], profiles, strict=True):
+            places[part] |= profile > 0
+    hits = [places.nonzero() for places in labelled]
     return None if len(hits[0]) == 0 else [(int(hit[0]), int(hit[-1])) for hit in hits]
 
 
@@ -225,14 +263,22 @@ def _reach(taps: Taps, first: int, last: int) -> tuple[int, int]:
     return (int(touching[0]), int(touching[-1]) + 1) if len(touching) else (0, 0)
 
 
-def _resampled_slabs(source: Tensor, taps: list[Taps], device: torch.device) -> Iterator[tuple[int, Tensor]]:
-    """Pieces (start, float32 values) of `source` sampled by `taps`, along axis 0."""
-    depth = max(1, SLAB_VOXELS // max(1, source.shape[1] * source.shape[2]))
+def _resampled_slabs(
+    source: Tensor | NDArray[Any], taps: list[Taps], device: torch.device
+) -> Iterator[tuple[int, Tensor]]:
+    """Pieces (start, float32 values) of `source` sampled by `taps`, along axis 0; parts that were read are released."""
+    plane = max(source.shape[1] * source.shape[2], len(taps[1]) * len(taps[2]))
+    depth = max(1, SLAB_VOXELS // plane)
     for start in range(0, len(taps[0]), depth):
         part = taps[0].part(start, min(start + depth, len(taps[0])))
         first, last = int(part.low.min()), int(part.high.max())
-        slab = source[first : last + 1].to(device)
-        slab = part.shifted(first).apply(slab, 0)
+        stored = source[first : last + 1]
+        values = stored if isinstance(stored, Tensor) else _tensor(stored)
+        slab = part.shifted(first).apply(values.to(device), 0)
+        if isinstance(stored, Tensor):
+            release_tensor(stored)
+        else:
+            release(stored)
         yield start, taps[2].apply(taps[1].apply(slab, 1), 2)
 
 
@@ -263,10 +309,9 @@ def _memory_order(array: NDArray[Any]) -> list[int]:
     return sorted(range(3), key=lambda axis: -abs(array.strides[axis]))
 
 
-def _memory_view(array: NDArray[Any], axes: list[int]) -> Tensor:
-    """The array as a tensor with axes in memory order; copied only if torch cannot hold its type or strides."""
-    view = array.transpose(axes)
-    if view.dtype in (np.uint16, np.uint32, np.uint64) or not view.dtype.isnative:
-        view = view.astype(np.int32 if view.dtype == np.uint16 else np.float32)
-    view = np.ascontiguousarray(view)
-    return torch.from_numpy(view if view.flags.writeable else view.copy())
+def _tensor(array: NDArray[Any]) -> Tensor:
+    """The array as a tensor; copied only if torch cannot hold its type or strides."""
+    if array.dtype in (np.uint16, np.uint32, np.uint64) or not array.dtype.isnative:
+        array = array.astype(np.int32 if array.dtype == np.uint16 else np.float32)
+    array = np.ascontiguousarray(array)
+    return torch.from_numpy(array if array.flags.writeable else array.copy())

@@ -5,6 +5,7 @@ import dataclasses
 import gzip
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import pytest
 import SimpleITK
 from nibabel.nifti1 import Nifti1Header
 
+from ctseg.commands.common import parse_bytes
 from ctseg.io.images import read_geometry, read_labels
 from dicom_maker import Plan, write_series
 
@@ -457,3 +459,65 @@ def test_dicom_in_and_out(tiny_model: Path, cli, tmp_path: Path, monkeypatch) ->
     assert again.code == 0
     assert "1 done, 1 skipped" in again.out or "1 skipped, 1 done" in again.out
     assert len(list((tmp_path / "out").glob("ct-*_seg.dcm"))) == 2
+
+
+# Memory
+
+
+@pytest.fixture
+def two_cts(tmp_path: Path) -> None:
+    write_good(tmp_path / "ct")
+
+
+def test_a_dry_run_tells_and_writes_nothing(cli: Callable[..., Any], two_cts: None, tiny_model: Path, tmp_path: Path):
+    before = files_below(tmp_path)
+    result = cli("infer", "ct", "--output", "masks", "--model", tiny_model, "--dry-run")
+    assert (result.code, files_below(tmp_path), (tmp_path / "masks").exists()) == (0, before, False)
+    header = ["image", "voxels", "windows", "memory_GB", "disk_GB", "seconds", "way"]
+    assert header in [line.split() for line in result.out.splitlines()]
+    assert result.out.count("  in memory\n") == 4
+    assert re.search(r"\n4 CTs, about \d+ s, up to \d\.\d\d GB of \d+\.\d\d GB \(.*\)\n$", result.out)
+
+
+def test_a_dry_run_for_scripts(cli: Callable[..., Any], two_cts: None, tiny_model: Path):
+    arguments = ("infer", "ct", "--output", "masks", "--model", tiny_model, "--dry-run", "--json")
+    plans = json.loads(cli(*arguments, "--max-memory", "4GiB").out)
+    assert (plans["max_bytes"], plans["limited_by"]) == (4 * 2**30, "--max-memory")
+    case = plans["cases"][0]
+    assert (case["image"], case["way"], case["size"], case["error"]) == ("ct/four.mha", "in memory", list(SIZE), "")
+    assert 0 < case["memory_bytes"] < 4 * 2**30
+    assert case["windows"] == 1
+    assert case["seconds"] > 0
+
+
+def test_a_dry_run_leaves_out_what_is_done(cli: Callable[..., Any], two_cts: None, tiny_model: Path):
+    arguments = ("infer", "ct", "--output", "masks", "--model", tiny_model)
+    assert cli(*arguments, "--quiet").code == 0
+    result = cli(*arguments, "--dry-run")
+    assert (result.code, result.out.splitlines()[-1]) == (0, "0 CTs")
+    assert "4 CTs" in cli(*arguments, "--dry-run", "--overwrite").out
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_a_ct_that_does_not_fit_is_refused_before_it_is_read(
+    cli: Callable[..., Any], two_cts: None, tiny_model: Path, tmp_path: Path, dry_run: bool
+):
+    options = ("--dry-run",) if dry_run else ()
+    result = cli("infer", "ct", "--output", "masks", "--model", tiny_model, "--max-memory", "10M", *options)
+    assert result.code == 1
+    first, *lines = result.message.splitlines()
+    assert first == ("4 of 4 CTs cannot be done:" if dry_run else "4 of 4 files failed, listed in masks/failures.csv:")
+    assert lines[0].startswith("  'ct/four.mha': needs 0.")
+    assert lines[0].endswith(" GB of memory, allowed are 0.01 GB; allow more with --max-memory or crop it")
+    assert dry_run or files_below(tmp_path / "masks") == ["ctseg_model.json", "failures.csv"]
+
+
+@pytest.mark.parametrize("size", ["much", "0G", "-1G", ""])
+def test_sizes_that_are_none(cli: Callable[..., Any], two_cts: None, tiny_model: Path, size: str):
+    result = cli("infer", "ct", "--output", "masks", "--model", tiny_model, f"--max-memory={size}")
+    assert (result.code, result.message) == (2, f"--max-memory: expected a size such as 12G or 800M, got '{size}'")
+
+
+@pytest.mark.parametrize("size", ["4G", "4GB", "4GiB", "4096M", "4 g"])
+def test_sizes_of_memory(size: str):
+    assert parse_bytes(size, "--max-memory") == 4 * 2**30

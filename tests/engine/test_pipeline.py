@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ctseg.engine.pipeline import overlapped
+from ctseg.engine.pipeline import one_by_one, overlapped
 
 ITEMS = range(6)
 
@@ -72,6 +72,13 @@ def test_every_item_goes_through_all_stages_in_order() -> None:
     stages = Stages()
     stages.run()
     assert all(calls == list(ITEMS) for calls in stages.calls.values())
+
+
+def test_one_by_one_has_one_item_in_memory() -> None:
+    stages = Stages()
+    one_by_one(ITEMS, stages.read, stages.work, stages.write, stages.calls["finished"].append)
+    assert all(calls == list(ITEMS) for calls in stages.calls.values())
+    assert (stages.most_alive, stages.read_ahead) == (1, 0)
 
 
 def test_nothing_to_do() -> None:

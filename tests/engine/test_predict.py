@@ -1,6 +1,7 @@
 """Prediction: the right voxels in patient space, and windows placed and averaged as by MONAI."""
 
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,9 +16,18 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor, nn
 
 from ctseg.engine.model import Forward, Model, forward_of
-from ctseg.engine.predict import predict, scores_from_logits, window_logits, window_starts
+from ctseg.engine.predict import (
+    Placement,
+    num_windows,
+    predict,
+    scores_from_logits,
+    window_logits,
+    window_starts,
+)
 from ctseg.engine.runtime import Runtime
+from ctseg.errors import OutputError
 from ctseg.recipe import Recipe
+from ctseg.specs import Inference
 from ctseg.volume import Geometry, Volume
 
 CPU = Runtime(torch.device("cpu"), None)
@@ -135,6 +145,38 @@ def test_progress_counts_every_network_call(recipe: Recipe) -> None:
     assert calls == [(n, 6) for n in range(1, 7)]
 
 
+# On disk
+
+
+@pytest.fixture
+def small_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slabs so thin that these CTs have many."""
+    monkeypatch.setattr("ctseg.preprocess.SLAB_VOXELS", 700)
+    monkeypatch.setattr("ctseg.scratch.SLAB_VOXELS", 700)
+
+
+@pytest.mark.usefixtures("small_slabs")
+@pytest.mark.parametrize("num_classes", [2, 3])
+@pytest.mark.parametrize("codes", ORIENTATIONS)
+def test_where_arrays_lie_does_not_matter(recipe: Recipe, codes: str, num_classes: int, tmp_path: Path) -> None:
+    model = model_of(labelled(recipe, num_classes), forward_of(small_network(num_classes), CPU))
+    volume, _ = marked_ct(codes, (31, 28, 19), (1.3, 1.7, 2.9), (slice(3, 20), slice(9, 17), slice(5, 11)), (5, 0, 9))
+    volume.array[...] += np.random.default_rng(0).integers(-40, 40, volume.array.shape, dtype=np.int16)
+    expected = predict(model, volume)
+    assert len(np.unique(expected)) == num_classes
+    for placement in (Placement(volumes=tmp_path), Placement(grids=tmp_path), Placement(tmp_path, tmp_path)):
+        np.testing.assert_array_equal(predict(model, volume, placement=placement), expected)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_without_room_is_an_error(recipe: Recipe, mount: Callable[[str], Path]) -> None:
+    disk = mount("size=16k")
+    volume, _ = marked_ct("RAS", (31, 28, 19), (1.3, 1.7, 2.9), (slice(3, 20), slice(9, 17), slice(5, 11)))
+    for placement in (Placement(volumes=disk), Placement(grids=disk)):
+        with pytest.raises(OutputError, match=r"cannot write '.*disk': No space left on device"):
+            predict(model_of(recipe, threshold), volume, placement=placement)
+
+
 # Windows
 
 
@@ -147,6 +189,8 @@ def test_windows_start_where_monais_do() -> None:
         interval = _get_scan_interval(shape, (x, y, z), 3, (overlap,) * 3)
         monai = [tuple(s.start for s in box) for box in dense_patch_slices(shape, (x, y, z), interval)]
         assert list(window_starts(shape, (x, y, z), overlap)) == monai
+        inference = Inference(window_size=(x, y, z), overlap=overlap, batch_windows=1)
+        assert num_windows(shape, inference) == len(monai)
 
 
 def small_network(num_classes: int) -> nn.Module:
@@ -211,6 +255,6 @@ def test_scores_of_two_classes_are_the_difference_of_probabilities() -> None:
 
 def test_scores_of_several_classes_are_the_softmax() -> None:
     logits = torch.randn((4, 3, 2, 5), generator=torch.Generator().manual_seed(0))
-    scores = scores_from_logits(logits)
+    scores = scores_from_logits(logits.clone())
     torch.testing.assert_close(scores.sum(dim=0), torch.ones(3, 2, 5))
     torch.testing.assert_close(scores[2] / scores[1], (logits[2] - logits[1]).exp())

@@ -14,7 +14,17 @@ import SimpleITK
 from numpy.typing import NDArray
 
 from ctseg.errors import ImageError, OutputError
-from ctseg.io.images import check_ct, grid_problems, read_geometry, read_image, read_labels, write_image, write_labels
+from ctseg.io.images import (
+    check_ct,
+    grid_problems,
+    read_extent,
+    read_geometry,
+    read_image,
+    read_labels,
+    write_image,
+    write_labels,
+)
+from ctseg.scratch import new_array
 from ctseg.volume import Geometry, Volume, to_ras
 
 Maker = Callable[..., bytes]
@@ -320,3 +330,64 @@ def test_writing_copies_no_fortran_array(tmp_path: Path, oblique: Geometry, at_m
     labels = np.zeros((256, 256, 256), np.uint8, order="F")
     with at_most(4 * 2**20):
         write_labels(tmp_path / "labels.nii.gz", labels, Geometry(labels.shape, oblique.affine))
+
+
+SCALINGS = [
+    ("<i2", 1, 0),
+    (">i2", 1, 0),
+    (">u2", 1, -1024),
+    ("<u2", 1, -40_000),
+    ("u1", 1, -1024),
+    ("<i2", 0.5, 3),
+    (">f4", 2, -1),
+    ("<f8", 1.25, 7.5),
+    ("<f8", 1, 0),
+    ("<i4", 1, 5),
+]
+"""Type of the stored voxels, slope, intercept."""
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+@pytest.mark.parametrize(("dtype", "slope", "intercept"), SCALINGS)
+def test_a_ct_read_to_disk_is_the_one_in_memory(
+    tmp_path: Path, dtype: str, slope: float, intercept: float, suffix: str
+) -> None:
+    """Several slabs of it; nibabel is the judge."""
+    stored = np.random.default_rng(0).integers(0, 255, (150, 130, 70)).astype(dtype)
+    stored[0, 0, 0], stored[-1, -1, -1] = 0, 255
+    header = nibabel.Nifti1Header(endianness=">" if dtype[0] == ">" else "<")
+    image = nibabel.Nifti1Image(stored, np.diag([-2.0, -2.0, 3.0, 1.0]), header)
+    image.header.set_data_dtype(stored.dtype)
+    image.header["vox_offset"], image.header["magic"] = 352, b"n+1"
+    image.header["scl_slope"], image.header["scl_inter"] = slope, intercept
+    path = tmp_path / f"ct{suffix}"
+    data = bytes(image.header.binaryblock) + bytes(4) + stored.tobytes(order="F")
+    path.write_bytes(gzip.compress(data, 1) if suffix == ".nii.gz" else data)
+    in_memory, on_disk = read_image(path), read_image(path, tmp_path)
+    assert on_disk.array.dtype == in_memory.array.dtype
+    np.testing.assert_array_equal(on_disk.array, in_memory.array)
+    np.testing.assert_allclose(on_disk.array, stored.astype(np.float64) * slope + intercept, rtol=1e-6)
+    assert list(tmp_path.iterdir()) == [path]
+    extent = read_extent(path)
+    np.testing.assert_array_equal(extent.geometry.affine, in_memory.geometry.affine)
+    widened = intercept == -40_000  # which a header cannot tell, and no CT is
+    assert extent.held_bytes == in_memory.array.nbytes // (2 if widened else 1)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_mask_on_disk_is_written_as_one_in_memory(tmp_path: Path, suffix: str) -> None:
+    labels = np.asfortranarray(np.random.default_rng(0).integers(0, 3, (90, 80, 7)), dtype=np.uint8)
+    on_disk = new_array(labels.shape[::-1], np.uint8, tmp_path).T
+    on_disk[...] = labels
+    grid = Geometry(labels.shape, np.diag([1.0, 1.0, 2.0, 1.0]))
+    for name, array in (("a", labels), ("b", on_disk)):
+        write_labels(tmp_path / f"{name}{suffix}", array, grid)
+    assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
+
+
+def test_a_disk_without_room_for_the_voxels(tmp_path: Path, mount: Callable[[str], Path]) -> None:
+    path = tmp_path / "ct.nii.gz"
+    ct = np.random.default_rng(0).integers(-99, 99, (90, 80, 70), dtype=np.int16)
+    write_image(path, Volume(np.asfortranarray(ct), Geometry(ct.shape, np.eye(4))))
+    with pytest.raises(OutputError, match="No space left on device"):
+        read_image(path, mount("size=64k"))

@@ -65,6 +65,10 @@ GapsOption = Annotated[
 TiltOption = Annotated[
     Literal["error", "shear"], typer.Option("--tilt", help="DICOM: what to do about a tilted gantry.")
 ]
+MaxMemoryOption = Annotated[
+    str | None,
+    typer.Option("--max-memory", metavar="SIZE", help="Such as 4G: kept, with scratch on disk where it must be."),
+]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 

@@ -18,6 +18,7 @@ from ctseg.commands.common import (
     GapsOption,
     JsonFlag,
     KeepIdentifiersFlag,
+    MaxMemoryOption,
     ModelOption,
     PrecisionOption,
     QuietFlag,
@@ -25,6 +26,7 @@ from ctseg.commands.common import (
     TiltOption,
     check_none_failed,
     emit,
+    parse_bytes,
     rounded,
 )
 from ctseg.errors import CasesFailed, CtsegError
@@ -36,6 +38,7 @@ from ctseg.workspace import resolve_model
 
 if TYPE_CHECKING:
     from ctseg.engine.infer import Outcome
+    from ctseg.engine.plan import RunPlan
 
 
 def infer(
@@ -71,11 +74,14 @@ def infer(
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
     backend: BackendOption = None,
+    max_memory: MaxMemoryOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what each CT will take.")] = False,
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
     """Segment CTs (NIfTI, NRRD, MHA, DICOM): a mask on each input's own grid, in its own format or as DICOM SEG."""
     part = choose_shard(shard, os.environ)
+    max_bytes = None if max_memory is None else parse_bytes(max_memory, "--max-memory")
     path = resolve_model(model)
     options = Options(
         series=series,
@@ -89,15 +95,17 @@ def infer(
     in_parts = _launches(gpus, device)
     with make_progress(quiet) as progress:
         jobs = find_jobs(inputs, output, options, progress)
-    make_folder(output)
-    if in_parts:
+    if in_parts and not dry_run:
+        make_folder(output)
         _infer_in_parts(gpus or 1, shard, path, as_json)
         return
+    if not dry_run:
+        make_folder(output)
     from ctseg.engine.infer import infer as run
     from ctseg.engine.model import load_model
+    from ctseg.engine.plan import plan_run
     from ctseg.engine.runtime import running, stop_on_signal
 
-    flags = {"overwrite": overwrite, "overlays": overlays}
     with (
         running(device, precision, amp=True, alone=True) as runtime,
         stop_on_signal() as stop_requested,
@@ -105,9 +113,29 @@ def infer(
     ):
         loaded = load_model(path, runtime, backend, progress.note)
         progress.note(f"model {path} on {runtime.describe()}, {loaded.backend}{_part(part)}")
-        outcomes = run(
-            loaded, jobs, output, progress, options=options, shard=part, stop_requested=stop_requested, **flags
+        todo = [job for job in part.take(jobs) if overwrite or not job.is_done]
+        plans = plan_run(
+            loaded, todo, options, output, progress, max_bytes=max_bytes, measure=dry_run, overlays=overlays
         )
+        progress.note(plans.summary())
+        if not dry_run:
+            outcomes = run(
+                loaded,
+                jobs,
+                output,
+                progress,
+                options=options,
+                overwrite=overwrite,
+                overlays=overlays,
+                shard=part,
+                plans={job.mask: plan for job, plan in zip(todo, plans.cases, strict=True)},
+                overlap=plans.overlap,
+                stop_requested=stop_requested,
+            )
+    if dry_run:
+        emit(dataclasses.asdict(plans), f"model {path}\n\n{_plan_table(plans)}\n\n{plans.summary()}", as_json)
+        check_none_failed([plan.error for plan in plans.cases if plan.error], len(plans.cases), "CTs cannot be done")
+        return
     emit([dataclasses.asdict(o) for o in outcomes], _text(outcomes, path), as_json)
     errors = [o.error for o in outcomes if o.status == "failed"]
     check_none_failed(errors, len(outcomes), f"files failed, listed in {output / part.failures}")
@@ -142,6 +170,23 @@ def _infer_in_parts(gpus: int, shard: str | None, model: Path, as_json: bool) ->
 
 def _part(shard: Shard) -> str:
     return f", part {shard} of the CTs" if shard.count > 1 else ""
+
+
+def _plan_table(plans: RunPlan) -> str:
+    columns = ("image", "voxels", "windows", "memory_GB", "disk_GB", "seconds", "way")
+    rows = [
+        (
+            plan.image,
+            "x".join(map(str, plan.size)) if plan.windows else None,
+            plan.windows or None,
+            f"{plan.memory_bytes / 1e9:.2f}",
+            f"{plan.disk_bytes / 1e9:.2f}",
+            rounded(plan.seconds),
+            plan.way,
+        )
+        for plan in plans.cases
+    ]
+    return render_table(columns, rows)
 
 
 def _text(outcomes: list[Outcome], model: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +14,8 @@ import ctseg
 from ctseg.engine.model import Model
 from ctseg.errors import ImageError
 from ctseg.files import make_folder
-from ctseg.io.images import check_ct, read_image, write_labels
+from ctseg.io import Extent
+from ctseg.io.images import check_ct, read_extent, read_image, write_labels
 from ctseg.jobs import Job, Options
 from ctseg.volume import Volume
 
@@ -60,17 +62,31 @@ class Digest:
     num_bytes: int
 
 
-def read_case(job: Job, options: Options) -> ReadCase:
-    """The CT of a job.
+def case_extent(job: Job, options: Options) -> Extent:
+    """What reading the CT of a job takes, by its headers.
+
+    Raises:
+        ImageError: if its headers show that it cannot be trusted.
+    """
+    if job.series is None:
+        return read_extent(job.image)
+    from ctseg.io.dicom import read
+
+    return read.read_extent(job.series, gaps=options.gaps)
+
+
+def read_case(job: Job, options: Options, scratch: Path | None = None) -> ReadCase:
+    """The CT of a job, its voxels on the disk of `scratch` if that is given.
 
     Raises:
         ImageError: if it cannot be trusted or is not a CT.
+        OutputError: if there is no room in `scratch`.
     """
     if job.series is None:
-        return ReadCase(read_image(job.image))
+        return ReadCase(read_image(job.image, scratch))
     from ctseg.io.dicom.read import read_series
 
-    dicom = read_series(job.series, gaps=options.gaps, tilt=options.tilt)
+    dicom = read_series(job.series, gaps=options.gaps, tilt=options.tilt, scratch=scratch)
     check_ct(dicom.volume, job.image)
     return ReadCase(dicom.volume, dicom)
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +16,9 @@ from ctseg.engine.clock import Clock
 from ctseg.engine.folder import claim, record_failure
 from ctseg.engine.memory import peak_memory_bytes
 from ctseg.engine.model import Model
-from ctseg.engine.pipeline import Check, overlapped
-from ctseg.engine.predict import OnWindow, predict
+from ctseg.engine.pipeline import Check, one_by_one, overlapped
+from ctseg.engine.plan import NO_PLANS, TOO_LARGE, Plan
+from ctseg.engine.predict import IN_MEMORY, OnWindow, Placement, predict
 from ctseg.engine.run_manifest import RunManifest, open_run_manifest, run_facts
 from ctseg.engine.runtime import memory_errors
 from ctseg.errors import ImageError, NotEnoughMemory, Stopped
@@ -27,6 +27,7 @@ from ctseg.jobs import PLAIN, Job, Options, Shard
 from ctseg.manifest import image_stem
 from ctseg.progress import Progress
 from ctseg.report.overlay import draw_overlay
+from ctseg.scratch import count_values
 
 WHOLE = Shard()
 
@@ -57,12 +58,18 @@ class _Work:
     """A CT on its way through the stages: what each has added. An `error` ends it."""
 
     job: Job
+    plan: Plan | None
+    skipped: bool
     clock: Clock = field(default_factory=Clock)
-    skipped: bool = False
     case: ReadCase | None = None
     digest: Digest | None = None
     mask: NDArray[np.uint8] | None = None
     error: str = ""
+
+    @property
+    def placement(self) -> Placement:
+        """Where its arrays lie."""
+        return self.plan.placement if self.plan else IN_MEMORY
 
 
 def infer(
@@ -75,13 +82,16 @@ def infer(
     overwrite: bool = False,
     overlays: bool = False,
     shard: Shard = WHOLE,
+    plans: Mapping[Path, Plan] = NO_PLANS,
+    overlap: bool = True,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> list[Outcome]:
     """Writes the mask of every job of `shard` that is not done yet; one outcome for each, in order.
 
     A mask is done when it is there and not older than its CT. The next CT is read and the last mask written while the
-    network runs. Failed ones are listed in `failures.csv`, all in `ctseg_run.json`. A shard never replaces another
-    model's masks: what it took for old ones could be another shard's new ones.
+    network runs, if `overlap` is on. Failed ones are listed in `failures.csv`, all in `ctseg_run.json`. A shard never
+    replaces another model's masks: what it took for old ones could be another shard's new ones. `plans` says by mask
+    where the arrays of a CT lie, see `ctseg.engine.plan`; without one they lie in memory.
 
     Raises:
         OutputError: if masks cannot be written; finished ones stay.
@@ -111,7 +121,11 @@ def infer(
     facts = run_facts(model, options, shard, overwrite=overwrite, overlays=overlays)
     progress.start(f"segmenting with {model.recipe.name}", len(mine))
     with open_run_manifest(output / shard.run_manifest, facts) as manifest:
-        read = partial(_read, options=options, overwrite=overwrite, device=model.runtime.device)
+        run = overlapped if overlap else one_by_one
+
+        def read(job: Job) -> _Work:
+            work = _Work(job, plans.get(job.mask), skipped=job.is_done and not overwrite)
+            return work if work.skipped else _read(work, options, model.runtime.device)
 
         def write(work: _Work) -> Outcome:
             outcome = _write(work, model, options, overlays)
@@ -120,7 +134,7 @@ def infer(
             return outcome
 
         try:
-            overlapped(mine, read, segment, write, finished)
+            run(mine, read, segment, write, finished)
         except Stopped as error:
             done = f"{len(outcomes)} of {len(mine)} CTs"
             raise Stopped(f"stopped by a signal after {done}; the same command goes on") from error
@@ -151,14 +165,12 @@ def show_windows(progress: Progress, name: str, stop: Callable[[], None] = lambd
             progress.finish()
 
 
-def _read(job: Job, options: Options, overwrite: bool, device: torch.device) -> _Work:
-    work = _Work(job)
-    if not overwrite and _is_done(job):
-        work.skipped = True
-        return work
+def _read(work: _Work, options: Options, device: torch.device) -> _Work:
     with _case_errors(work, device), work.clock.stage("read"):
-        work.case = read_case(job, options)
-        work.digest = digest_input(job)
+        if work.plan and work.plan.way == TOO_LARGE:
+            raise NotEnoughMemory(work.plan.error)
+        work.case = read_case(work.job, options, work.placement.volumes)
+        work.digest = digest_input(work.job)
     return work
 
 
@@ -167,8 +179,10 @@ def _segment(work: _Work, model: Model, progress: Progress, stop: Callable[[], N
     if work.case is None or work.error:
         return work
     name = work.job.image.name
+    if work.plan and work.placement != IN_MEMORY:
+        progress.note(f"{name}: {work.plan.way}, as memory is limited: {work.plan.describe()}")
     with _case_errors(work, model.runtime.device), show_windows(progress, name, stop) as on_window:
-        work.mask = predict(model, work.case.volume, on_window, work.clock)
+        work.mask = predict(model, work.case.volume, on_window, work.clock, work.placement)
     return work
 
 
@@ -210,9 +224,7 @@ def _draw(job: Job, case: ReadCase, mask: NDArray[np.uint8], model: Model) -> No
 
 
 def _volumes_ml(case: ReadCase, mask: NDArray[np.uint8], model: Model) -> dict[str, float]:
-    counts = np.zeros(model.recipe.num_classes, dtype=np.int64)
-    for plane in mask.T:  # counting makes eight bytes of each voxel
-        counts += np.bincount(plane.ravel(), minlength=len(counts))
+    counts = count_values(mask, model.recipe.num_classes)
     voxel_ml = case.volume.geometry.voxel_volume_ml
     return {name: float(counts[int(value)]) * voxel_ml for value, name in model.recipe.labels.items()}
 
@@ -231,10 +243,3 @@ def _record(manifest: RunManifest, outcome: Outcome, digest: Digest | None, devi
         "error": outcome.error,
     }
     manifest.add(outcome.mask, case)
-
-
-def _is_done(job: Job) -> bool:
-    try:
-        return job.mask.stat().st_mtime_ns >= max(file.stat().st_mtime_ns for file in job.files)
-    except OSError:
-        return False

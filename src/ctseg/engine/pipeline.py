@@ -14,6 +14,18 @@ Check = Callable[[], None]
 """Raises what the writing stage has raised; for work that takes long."""
 
 
+def one_by_one(
+    items: Iterable[Item],
+    read: Callable[[Item], Read],
+    work: Callable[[Read, Check], Made],
+    write: Callable[[Made], Result],
+    finished: Callable[[Result], None],
+) -> None:
+    """As `overlapped`, with only one item in memory at a time."""
+    for item in items:
+        finished(write(work(read(item), lambda: None)))
+
+
 def overlapped(
     items: Iterable[Item],
     read: Callable[[Item], Read],

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor
 from ctseg.engine.clock import Clock
 from ctseg.engine.model import Model
 from ctseg.engine.runtime import memory_errors
-from ctseg.preprocess import prepare, restore
+from ctseg.preprocess import new_tensor, prepare, release_tensor, restore, slabs_of
 from ctseg.sampling import cut_patch
 from ctseg.specs import Inference
 from ctseg.volume import Volume
@@ -28,8 +30,28 @@ OnWindow = Callable[[int, int], None]
 """Called after each network call with (calls done, calls in all)."""
 
 
+@dataclass(frozen=True)
+class Placement:
+    """Where the large arrays of a case lie: folders on whose disk they are scratch, or None for memory.
+
+    Attributes:
+        volumes: For what lies on the CT's grid: the CT and its mask.
+        grids: For what lies on the network's grid: its input and the logits; on a GPU they lie there.
+    """
+
+    volumes: Path | None = None
+    grids: Path | None = None
+
+
+IN_MEMORY = Placement()
+
+
 def predict(
-    model: Model, volume: Volume, on_window: OnWindow | None = None, clock: Clock | None = None
+    model: Model,
+    volume: Volume,
+    on_window: OnWindow | None = None,
+    clock: Clock | None = None,
+    placement: Placement = IN_MEMORY,
 ) -> NDArray[np.uint8]:
     """The label map of a CT on its own grid: uint8 `[i, j, k]`, Fortran order.
 
@@ -38,39 +60,53 @@ def predict(
         volume: CT in Hounsfield units, any orientation.
         on_window: Told of progress.
         clock: Told how long the stages "prepare", "network" and "restore" take.
+        placement: Where arrays lie; it changes nothing else.
 
     Raises:
         ImageError: if its header claims a grid that no CT has.
         NotEnoughMemory: if it does not fit the device.
+        OutputError: if the disk has no room for what is to lie there.
     """
     size = "x".join(map(str, volume.geometry.size))
     clock, device = clock or Clock(), model.runtime.device
     with memory_errors(f"a CT of {size} voxels", device):
         with clock.stage("prepare", device):
-            prepared = prepare(volume, model.recipe.preprocess, device)
+            prepared = prepare(volume, model.recipe.preprocess, device, placement.grids)
         with clock.stage("network", device):
-            logits = window_logits(model, prepared.image_XYZ, model.recipe.inference, on_window)
+            logits = window_logits(model, prepared.image_XYZ, model.recipe.inference, on_window, placement.grids)
+        prepared = replace(prepared, image_XYZ=logits[0, :0])  # makes room for the mask
         with clock.stage("restore", device):
-            return restore(scores_from_logits(logits), prepared)
+            return restore(scores_from_logits(logits), prepared, placement.volumes)
 
 
 def scores_from_logits(logits_CXYZ: Tensor) -> Tensor:
     """Scores that `restore` takes, in place: P(foreground) - P(background) for one channel, else the softmax."""
-    if len(logits_CXYZ) == 1:
-        return logits_CXYZ.mul_(0.5).tanh_()  # sigmoid(d) - sigmoid(-d)
-    return torch.softmax(logits_CXYZ, dim=0)
+    for box in slabs_of(logits_CXYZ):
+        slab = logits_CXYZ[box]
+        if len(slab) == 1:
+            slab.mul_(0.5).tanh_()  # sigmoid(d) - sigmoid(-d)
+        else:
+            slab.copy_(torch.softmax(slab, dim=0))
+    return logits_CXYZ
 
 
-def window_logits(model: Model, image_XYZ: Tensor, inference: Inference, on_window: OnWindow | None = None) -> Tensor:
+def window_logits(
+    model: Model,
+    image_XYZ: Tensor,
+    inference: Inference,
+    on_window: OnWindow | None = None,
+    scratch: Path | None = None,
+) -> Tensor:
     """Averaged logits on the whole grid, float32 `[C, X, Y, Z]`; two classes give one channel: their difference.
 
-    Where the image is smaller than the window, windows are padded with zeros, half before and half after it.
+    Where the image is smaller than the window, windows are padded with zeros, half before and half after it. Axes have
+    the image's order in memory. On the CPU the logits lie on the disk of `scratch`, if it is given.
     """
     shape, window = _size(image_XYZ.shape), inference.window_size
     starts = list(window_starts(_size(map(max, shape, window)), window, inference.overlap))
     num_classes = model.recipe.num_classes
     channels = 1 if num_classes == 2 else num_classes
-    total_CXYZ = torch.zeros((channels, *shape), device=image_XYZ.device)
+    total_CXYZ = _zeros_like(image_XYZ, channels, scratch)
     held = [min(n, w) for n, w in zip(shape, window, strict=True)]  # what a window holds of the image
     x, y, z = (slice((w - n) // 2, (w - n) // 2 + n) for n, w in zip(held, window, strict=True))
     batch = inference.batch_windows if model.runtime.device.type == "cuda" else 1
@@ -82,13 +118,21 @@ def window_logits(model: Model, image_XYZ: Tensor, inference: Inference, on_wind
         for start, logits_CXYZ in zip(group, logits_BCXYZ[..., x, y, z], strict=True):
             to_x, to_y, to_z = (slice(s, s + n) for s, n in zip(start, held, strict=True))
             total_CXYZ[..., to_x, to_y, to_z] += logits_CXYZ
+            release_tensor(image_XYZ[to_x, to_y, to_z])
+            release_tensor(total_CXYZ[..., to_x, to_y, to_z])
         if on_window is not None:
             on_window(first // batch + 1, -(-len(starts) // batch))
-    for axis, counts in enumerate(_counts(starts, shape, window)):
-        along = [1, 1, 1, 1]
-        along[axis + 1] = -1
-        total_CXYZ /= torch.from_numpy(counts).to(total_CXYZ).view(along)
+    counts = [torch.from_numpy(along).to(total_CXYZ) for along in _counts(starts, shape, window)]
+    for box in slabs_of(total_CXYZ):
+        for axis, (along, part) in enumerate(zip(counts, box[1:], strict=True)):
+            total_CXYZ[box] /= along[part].view([-1 if n == axis else 1 for n in range(3)])
     return total_CXYZ
+
+
+def num_windows(shape: Start, inference: Inference) -> int:
+    """How many windows cover a grid."""
+    sizes = zip(shape, inference.window_size, strict=True)
+    return math.prod(len(_starts_along(max(n, w), w, inference.overlap)) for n, w in sizes)
 
 
 def window_starts(shape: Start, window: Start, overlap: float) -> Iterator[Start]:
@@ -115,6 +159,13 @@ def _counts(starts: list[Start], shape: Start, window: Start) -> list[NDArray[np
             covered[start : start + window[axis]] += 1
         counts.append(covered)
     return counts
+
+
+def _zeros_like(image_XYZ: Tensor, channels: int, scratch: Path | None) -> Tensor:
+    """Zeros `[C, X, Y, Z]` with the image's order of axes in memory."""
+    slowest_first = sorted(range(3), key=image_XYZ.stride, reverse=True)
+    shape = (channels, *(image_XYZ.shape[axis] for axis in slowest_first))
+    return new_tensor(shape, image_XYZ.device, scratch).permute(0, *(1 + slowest_first.index(n) for n in range(3)))
 
 
 def _size(values: Iterable[int]) -> Start:

@@ -256,6 +256,12 @@ def tune_allocator() -> None:
         libc.mallopt(option, value)
 
 
+def give_back_memory() -> None:
+    """Has glibc give free memory back to the kernel, once: after work that needed far more than what follows."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 @contextmanager
 def stop_on_signal() -> Iterator[Callable[[], bool]]:
     """A function that says whether SIGTERM, SIGINT or SIGUSR1 has come; a second SIGINT interrupts at once.

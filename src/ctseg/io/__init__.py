@@ -20,6 +20,7 @@ from isal import igzip, isal_zlib
 from numpy.typing import NDArray
 
 from ctseg.errors import ImageError
+from ctseg.scratch import in_slabs, new_array, release
 from ctseg.volume import Geometry
 
 MAX_VOXELS = 2**31
@@ -57,6 +58,23 @@ class Header:
     intercept: float = 0.0
 
 
+@dataclass(frozen=True)
+class Extent:
+    """What reading a CT takes, by its header.
+
+    Attributes:
+        geometry: Its grid.
+        held_bytes: Of the voxels once they are read.
+        reading_bytes: Of memory more, while they are read into memory.
+        movable: Whether they can be read to disk instead, see `ctseg.scratch`.
+    """
+
+    geometry: Geometry
+    held_bytes: int
+    reading_bytes: int = 0
+    movable: bool = True
+
+
 def data_problems(
     size: tuple[int, int, int], dtype: np.dtype[Any], encoding: str, packed_bytes: int, skip: int = 0
 ) -> list[str]:
@@ -73,28 +91,33 @@ def data_problems(
     return []
 
 
-def read_array(path: Path, header: Header) -> NDArray[Any]:
+def read_array(path: Path, header: Header, scratch: Path | None = None) -> NDArray[Any]:
     """The voxels as stored, `[x, y, z]` in Fortran order and native byte order, without scaling.
 
-    Call it only with a header that has no problems: the array is allocated from what the header says.
+    Call it only with a header that has no problems: the array is allocated from what the header says, on disk if
+    there is a folder for it.
 
     Raises:
         ImageError: if there are fewer or more bytes than the header promises, or a checksum is wrong.
     """
-    array: NDArray[Any] = np.empty(header.geometry.size, header.dtype, order="F")
-    target = memoryview(array.T.reshape(-1).view(np.uint8))
+    array: NDArray[Any] = new_array(header.geometry.size[::-1], header.dtype, scratch).T
+    target = array.T.reshape(-1).view(np.uint8)
     filled = 0
     with path.open("rb") as file, stream_errors():
         file.seek(header.file_offset)
         for chunk in _chunks(file, header):
             if filled + len(chunk) > len(target):
                 raise ImageError(f"more data than the {len(target)} bytes its header promises; {_DAMAGED}")
-            target[filled : filled + len(chunk)] = chunk
+            part = target[filled : filled + len(chunk)]
+            part[:] = np.frombuffer(chunk, np.uint8)
+            release(part)
             filled += len(chunk)
     if filled < len(target):
         raise ImageError(f"truncated: {filled} of {len(target)} bytes of voxels; {_DAMAGED}")
     if not header.dtype.isnative:
-        array = array.byteswap(inplace=True).view(header.dtype.newbyteorder("="))
+        for slab in in_slabs(array):
+            slab.byteswap(inplace=True)
+        array = array.view(header.dtype.newbyteorder("="))
     return array
 
 
@@ -119,7 +142,9 @@ def in_file_order(array: NDArray[Any]) -> Iterator[memoryview]:
     """The little-endian bytes of an `[x, y, z]` array with x fastest, slice by slice; Fortran order is not copied."""
     little = array.dtype.newbyteorder("<")
     for z in range(array.shape[2]):
-        yield np.ascontiguousarray(array[:, :, z].T, dtype=little).reshape(-1).view(np.uint8).data
+        plane = array[:, :, z]
+        yield np.ascontiguousarray(plane.T, dtype=little).reshape(-1).view(np.uint8).data
+        release(plane)
 
 
 def _chunks(file: IO[bytes], header: Header) -> Iterator[bytes]:

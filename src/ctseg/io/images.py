@@ -6,6 +6,7 @@ allocated before the header has passed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -17,8 +18,9 @@ from numpy.typing import NDArray
 
 from ctseg.errors import ImageError, OutputError
 from ctseg.files import atomic_path
-from ctseg.io import Header, itk, nifti, read_array
+from ctseg.io import Extent, Header, itk, nifti, read_array
 from ctseg.manifest import IMAGE_SUFFIXES
+from ctseg.scratch import extremes, in_slabs, new_array
 from ctseg.volume import Geometry, Volume
 
 SHEAR_TOLERANCE = 1e-3
@@ -44,13 +46,37 @@ OTHER_SUFFIXES = {
 }
 
 
-def read_image(path: Path) -> Volume:
+def read_extent(path: Path) -> Extent:
+    """What `read_image` will take; only the header is read and checked.
+
+    Integers that are shifted are taken to keep their width, as those of CT do.
+
+    Raises:
+        ImageError: as `read_image`, for what the header shows.
+    """
+    with _read_errors(path):
+        header = _read_header(path)
+    stored = held = header.dtype.itemsize
+    if (header.slope, header.intercept) != (1.0, 0.0):
+        shifted = header.slope == 1.0 and header.intercept.is_integer() and header.dtype.kind in "iu"
+        held = max(stored, 2) if shifted else 4
+    voxels = math.prod(header.geometry.size)
+    in_place = held == stored and (held == 4 or header.dtype.kind in "iu")
+    return Extent(header.geometry, voxels * held, 0 if in_place else voxels * stored)
+
+
+def read_image(path: Path, scratch: Path | None = None) -> Volume:
     """The CT in a file: Hounsfield units, as the stored integers where scaling allows, else float32.
+
+    Args:
+        path: The file.
+        scratch: Folder on whose disk the voxels are to lie, see `ctseg.scratch`; None: in memory.
 
     Raises:
         ImageError: if the file cannot be trusted or is not a CT; the message names every broken rule of its header.
+        OutputError: if there is no room in `scratch`.
     """
-    volume = _read(path)
+    volume = _read(path, scratch)
     check_ct(volume, path)
     return volume
 
@@ -125,11 +151,10 @@ def check_ct(volume: Volume, path: Path) -> None:
     Raises:
         ImageError: naming `path`, if the volume cannot be a CT.
     """
-    array = volume.array
     with np.errstate(invalid="ignore"):
-        low, high = array.min(), array.max()
+        low, high = extremes(volume.array)
     if not (np.isfinite(low) and np.isfinite(high)):
-        bad = array.size - np.count_nonzero(np.isfinite(array))
+        bad = sum(slab.size - np.count_nonzero(np.isfinite(slab)) for slab in in_slabs(volume.array))
         raise ImageError(
             f"cannot read '{path}': every voxel must be a number, got {bad} NaN or infinite; export it again"
         )
@@ -153,11 +178,11 @@ def grid_problems(geometry: Geometry) -> list[str]:
     return []
 
 
-def _read(path: Path) -> Volume:
+def _read(path: Path, scratch: Path | None = None) -> Volume:
     with _read_errors(path):
         header = _read_header(path)
-        array = read_array(path, header)
-        return Volume(_scaled(array, header.slope, header.intercept), header.geometry)
+        array = read_array(path, header, scratch)
+        return Volume(_scaled(array, header.slope, header.intercept, scratch), header.geometry)
 
 
 def _read_header(path: Path) -> Header:
@@ -200,24 +225,30 @@ def _read_errors(path: Path) -> Iterator[None]:
         raise ImageError(f"cannot read '{path}': not enough memory for its voxels; free some or crop it") from error
 
 
-def _scaled(array: NDArray[Any], slope: float, intercept: float) -> NDArray[Any]:
+def _scaled(array: NDArray[Any], slope: float, intercept: float, scratch: Path | None) -> NDArray[Any]:
     """Array x slope + intercept: integers where slope is 1 and the intercept whole, if the sums fit; else float32."""
     if (slope, intercept) == (1.0, 0.0):
         return array
     if slope == 1.0 and intercept.is_integer() and np.issubdtype(array.dtype, np.integer):
-        low, high = (int(value) + int(intercept) for value in (array.min(), array.max()))
+        low, high = (int(value) + int(intercept) for value in extremes(array))
         for dtype in (array.dtype, np.dtype(np.int16), np.dtype(np.int32)):
             if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max:
-                return _shifted(array, int(intercept), dtype)
-    scaled = array.astype(np.float32, copy=False)
-    scaled *= np.float32(slope)
-    scaled += np.float32(intercept)
+                return _shifted(array, int(intercept), dtype, scratch)
+    scaled = array if array.dtype == np.float32 else new_array(array.T.shape, np.float32, scratch).T
+    for stored, values in zip(in_slabs(array), in_slabs(scaled), strict=True):
+        values[...] = stored
+        values *= np.float32(slope)
+        values += np.float32(intercept)
     return scaled
 
 
-def _shifted(array: NDArray[Any], intercept: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+def _shifted(array: NDArray[Any], intercept: int, dtype: np.dtype[Any], scratch: Path | None) -> NDArray[Any]:
     """Integers plus `intercept` as `dtype`, in place where the width allows; wrapping is exact if the sums fit."""
-    shifted = array.view(dtype) if dtype.itemsize == array.dtype.itemsize else array.astype(dtype)
-    wrap = 2 ** (8 * dtype.itemsize)
-    shifted += np.array(intercept % wrap, dtype=np.uint64).astype(dtype)
+    in_place = dtype.itemsize == array.dtype.itemsize
+    shifted = array.view(dtype) if in_place else new_array(array.T.shape, dtype, scratch).T
+    wrap = np.array(intercept % 2 ** (8 * dtype.itemsize), dtype=np.uint64).astype(dtype)
+    for stored, values in zip(in_slabs(array), in_slabs(shifted), strict=True):
+        if not in_place:
+            values[...] = stored
+        values += wrap
     return shifted

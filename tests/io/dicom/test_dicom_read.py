@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +18,9 @@ from pydicom.uid import (
 )
 
 from ctseg.errors import CtsegError, ImageError
-from ctseg.io.dicom.read import DicomCT, find_series, read_series, select_series
+from ctseg.io.dicom.read import DicomCT, find_series, read_extent, read_series, select_series
 from ctseg.volume import Geometry
+from dicom_maker import Plan, write_series
 
 Maker = Callable[..., Path]
 
@@ -486,3 +488,20 @@ def test_the_report_is_data_without_identifiers(series_plan, make_series: Maker)
         assert secret not in text
     for known in ("Maker", "Model T", "B30f", "axial", "120.0"):
         assert known in text
+
+
+@pytest.mark.parametrize("policy", [{}, {"gaps": "fill"}, {"gaps": "ignore"}, {"tilt": "shear"}], ids=str)
+@pytest.mark.parametrize("slope", [1, 0.5])
+def test_the_headers_tell_what_a_series_takes(tmp_path: Path, policy: dict[str, Any], slope: float) -> None:
+    missing = (2,) if "gaps" in policy else ()
+    tilt_degrees = 20.0 if "tilt" in policy else 0.0
+    plan = Plan(missing=missing, tilt_degrees=tilt_degrees, rescale=lambda n: (slope, -1024))
+    series = select_series(find_series([write_series(tmp_path / "ct", plan)]), None)
+    volume = read_series(series, **policy).volume
+    extent = read_extent(series, gaps=policy.get("gaps", "error"))
+    assert extent.geometry.agrees_with(volume.geometry)
+    assert extent.held_bytes == volume.array.nbytes
+    assert (extent.reading_bytes > 0, extent.movable) == ((True, False) if tilt_degrees else (False, True))
+    on_disk = read_series(series, **policy, scratch=tmp_path).volume
+    np.testing.assert_array_equal(on_disk.array, volume.array)
+    assert [path.name for path in tmp_path.iterdir()] == ["ct"]

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from ctseg.io.dicom.frames import integer
 from ctseg.io.dicom.headers import MAX_FILE_BYTES, PixelPlace, read_bytes, reason
 from ctseg.io.dicom.series import Slice
 from ctseg.limits import available_cpus
+from ctseg.scratch import new_array, release
 
 MAX_THREADS = 8
 """More do not make a local disk faster."""
@@ -62,8 +64,8 @@ class Voxels:
     num_padding: int
 
 
-def read_voxels(slices: Sequence[Slice], planes: Sequence[int], num_planes: int) -> Voxels:
-    """The voxels of slices, slice n at z = planes[n] of `num_planes`.
+def read_voxels(slices: Sequence[Slice], planes: Sequence[int], num_planes: int, scratch: Path | None = None) -> Voxels:
+    """The voxels of slices, slice n at z = planes[n] of `num_planes`; on the disk of a folder `scratch`, if given.
 
     The type is int16 where every value is a whole number that fits, else int32, else float32.
 
@@ -74,7 +76,7 @@ def read_voxels(slices: Sequence[Slice], planes: Sequence[int], num_planes: int)
     whole = all(value.is_integer() for one in slices for value in one.rescale)
     for dtype in (np.int16, np.int32, np.float32) if whole else (np.float32,):
         try:
-            array: NDArray[Any] = np.empty(size, dtype, order="F")
+            array: NDArray[Any] = new_array(size[::-1], dtype, scratch).T
             return _fill(array, slices, planes)
         except _TooWideError:
             continue
@@ -125,10 +127,12 @@ def _fill(array: NDArray[Any], slices: Sequence[Slice], planes: Sequence[int]) -
     plane_of = dict(zip(map(id, slices), planes, strict=True))
 
     def decode(of_file: list[Slice]) -> list[tuple[float, float, int]]:
-        return [
-            (*_to_hounsfield(stored, one.rescale, array.T[plane_of[id(one)]]), _count_padding(stored, one))
-            for one, stored in stored_pixels(of_file)
-        ]
+        facts = []
+        for one, stored in stored_pixels(of_file):
+            plane = array.T[plane_of[id(one)]]
+            facts.append((*_to_hounsfield(stored, one.rescale, plane), _count_padding(stored, one)))
+            release(plane)
+        return facts
 
     with ThreadPoolExecutor(min(available_cpus(), MAX_THREADS)) as pool:
         try:

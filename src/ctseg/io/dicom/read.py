@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +14,11 @@ from numpy.typing import NDArray
 from pydicom.uid import UID
 
 from ctseg.errors import CtsegError, ImageError, list_problems
+from ctseg.io import Extent
 from ctseg.io.dicom.build import drift_pixels, grid_of, grown, planes_of, without_duplicates
 from ctseg.io.dicom.files import Source, list_sources
 from ctseg.io.dicom.frames import CT_CLASSES, LONGEST_TEXT, slices_of
-from ctseg.io.dicom.geometry import measure
+from ctseg.io.dicom.geometry import at_one_position, measure
 from ctseg.io.dicom.grouping import Broken, add_broken, group_slices
 from ctseg.io.dicom.headers import BROKEN_FILE, Header, pydicom_silent, read_header, reason
 from ctseg.io.dicom.pixels import read_voxels
@@ -167,7 +169,28 @@ def select_series(found: Found, rule: str | None) -> Series:
     raise CtsegError("\n  ".join([f"one CT series is read, {left}; {hint}:", *known]))
 
 
-def read_series(series: Series, *, gaps: Gaps = "error", tilt: Tilt = "error") -> DicomCT:
+def read_extent(series: Series, *, gaps: Gaps = "error") -> Extent:
+    """What `read_series` will take, by the headers.
+
+    Raises:
+        ImageError: if its slices cannot be one grid.
+    """
+    slices = [run[0] for run in at_one_position(series.slices)]
+    with np.errstate(all="ignore"):
+        geometry = measure(slices)
+        if geometry.increment_mm == 0.0:
+            raise ImageError(f"cannot read {describe(series)}: its slices do not advance along their normal")
+        planes = planes_of(geometry, gaps == "ignore")
+        grid = grid_of(slices, geometry, planes, even=gaps != "ignore")
+        tilted = any(problem.code == "tilt" for problem in series.problems)
+        if tilted:
+            grid = grown(grid, drift_pixels(slices, geometry))
+    whole = all(value.is_integer() for one in slices for value in one.rescale)
+    held = math.prod(grid.size) * (2 if whole else 4)
+    return Extent(grid, held, held if tilted else 0, movable=not tilted)
+
+
+def read_series(series: Series, *, gaps: Gaps = "error", tilt: Tilt = "error", scratch: Path | None = None) -> DicomCT:
     """The volume of a CT series.
 
     Args:
@@ -176,6 +199,7 @@ def read_series(series: Series, *, gaps: Gaps = "error", tilt: Tilt = "error") -
             none were missing.
         tilt: What to do about a tilted gantry: refuse, or shift every slice in its plane so that the grid is at right
             angles; the grid grows so that nothing is cut off.
+        scratch: Folder on whose disk the voxels are to lie, see `ctseg.scratch`; None: in memory.
 
     Raises:
         ImageError: if the series cannot become a volume that can be trusted; it names every problem.
@@ -189,7 +213,7 @@ def read_series(series: Series, *, gaps: Gaps = "error", tilt: Tilt = "error") -
         if problems:
             raise ImageError(list_problems(subject, problems))
         try:
-            return _read(series, close_up=gaps == "ignore")
+            return _read(series, gaps == "ignore", scratch)
         except ImageError as error:
             raise ImageError(f"{subject}: {error}") from error
 
@@ -205,12 +229,12 @@ def describe(series: Series) -> str:
     return f"series #{series.number}{called} ({series.kind}, {len(series)} {slices} of {columns} x {rows}{every})"
 
 
-def _read(series: Series, *, close_up: bool) -> DicomCT:
+def _read(series: Series, close_up: bool, scratch: Path | None) -> DicomCT:
     slices = without_duplicates(series.slices)
     geometry = measure(slices)
     planes = planes_of(geometry, close_up)
     grid = grid_of(slices, geometry, planes, even=not close_up)
-    voxels = read_voxels(slices, planes, grid.size[2])
+    voxels = read_voxels(slices, planes, grid.size[2], scratch)
     if not voxels.low < voxels.high:
         raise ImageError(f"every voxel is {voxels.low:g}: not a CT; is this the right series?")
     array, shifts = voxels.array, None

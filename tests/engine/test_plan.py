@@ -1,0 +1,224 @@
+"""Plans: the first way that fits is taken, what does not fit is refused before it is read, and estimates hold."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ctseg.engine import plan as planning
+from ctseg.engine.infer import infer
+from ctseg.engine.model import Model
+from ctseg.engine.plan import (
+    ALL,
+    PLAIN,
+    SPARE_BYTES,
+    TOO_LARGE,
+    UNREADABLE,
+    VOLUMES,
+    NetworkCost,
+    Plan,
+    RunPlan,
+    duration,
+    measure_network,
+    network_cost,
+    plan_case,
+    plan_run,
+)
+from ctseg.engine.predict import IN_MEMORY, Placement, predict
+from ctseg.io import Extent
+from ctseg.io.images import read_image, read_labels, write_image
+from ctseg.jobs import PLAIN as PLAIN_OPTIONS
+from ctseg.jobs import Job
+from ctseg.manifest import Manifest
+from ctseg.progress import Silent
+from ctseg.volume import Geometry, Volume
+
+BASE = 300 * 10**6
+COST = NetworkCost(seconds=0.5, window_bytes=0, base_bytes=BASE)
+CT = Extent(Geometry((400, 300, 200), np.diag([-4.0, -4.0, 4.0, 1.0])), held_bytes=48_000_000)
+"""At the tiny recipe's 8 mm a grid of 200 x 150 x 100, by its first and last centres."""
+VOXELS = 24_000_000
+GRID = 4 * 200 * 150 * 100
+SCRATCH = Path("somewhere")
+
+
+def plan(model: Model, max_bytes: float, extent: Extent = CT, **more: int) -> Plan:
+    return plan_case(model, extent, COST, int(max_bytes), SCRATCH, **more)
+
+
+def test_all_in_memory_where_it_fits(tiny_model: Model) -> None:
+    """The most is held while the mask is restored: CT, logits and mask."""
+    most = BASE + SPARE_BYTES + 48_000_000 + GRID + VOXELS
+    made = plan(tiny_model, most + 2 * GRID)
+    assert (made.way, made.placement, made.disk_bytes, made.error) == (PLAIN, IN_MEMORY, 0, "")
+    assert made.memory_bytes == pytest.approx(most, rel=1e-3)
+
+
+def test_windows_and_seconds(tiny_model: Model) -> None:
+    """Windows of 16 at an overlap of 0.25: a step of 12."""
+    made = plan(tiny_model, 1e12)
+    windows = math.prod(math.ceil((n - 16) / 12) + 1 for n in (200, 150, 100))
+    assert made.windows == windows
+    assert made.seconds == pytest.approx(windows * 0.5 + VOXELS * planning.SECONDS_PER_VOXEL)
+
+
+def test_each_way_is_taken_where_the_one_before_does_not_fit(tiny_model: Model) -> None:
+    in_memory = plan(tiny_model, 1e12).memory_bytes
+    volumes = plan(tiny_model, in_memory - 1)
+    assert (volumes.way, volumes.placement) == (VOLUMES, Placement(volumes=SCRATCH))
+    assert volumes.memory_bytes == pytest.approx(BASE + SPARE_BYTES + 2 * GRID, rel=1e-3)
+    assert volumes.disk_bytes == 48_000_000 + VOXELS
+    everything = plan(tiny_model, volumes.memory_bytes - 1)
+    assert (everything.way, everything.placement) == (ALL, Placement(SCRATCH, SCRATCH))
+    assert everything.memory_bytes < BASE + SPARE_BYTES + GRID
+    assert everything.disk_bytes == pytest.approx(48_000_000 + VOXELS + 2 * GRID, rel=1e-3)
+    none = plan(tiny_model, everything.memory_bytes - 1)
+    assert (none.way, none.memory_bytes) == (TOO_LARGE, everything.memory_bytes)
+    assert none.error == (
+        f"needs {none.memory_bytes / 1e9:.2f} GB of memory, allowed are {(none.memory_bytes - 1) / 1e9:.2f} GB; "
+        f"allow more with --max-memory or crop it"
+    )
+
+
+def test_several_classes_have_several_channels_of_logits(tiny_model: Model) -> None:
+    recipe = replace(tiny_model.recipe, labels={"1": "a", "2": "b"})
+    three = plan(replace(tiny_model, recipe=recipe), 1e12)
+    assert three.memory_bytes == pytest.approx(BASE + SPARE_BYTES + 48_000_000 + 3 * GRID + VOXELS, rel=1e-3)
+
+
+def test_what_cannot_move_and_what_writing_takes_counts(tiny_model: Model) -> None:
+    tilted = replace(CT, reading_bytes=48_000_000, movable=False)
+    assert plan(tiny_model, 1, tilted).memory_bytes == BASE + SPARE_BYTES + 2 * 48_000_000
+    assert plan(tiny_model, 1, writing_bytes=10**9).memory_bytes == BASE + SPARE_BYTES + 10**9
+
+
+def test_what_is_measured_is_remembered(tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = replace(tiny_model, sha256="measured")
+    cost = network_cost(model)
+    assert 0 < cost.seconds < 5
+    assert cost.base_bytes > cost.window_bytes >= 0
+    monkeypatch.setattr(planning, "measure_network", lambda _: pytest.fail("it is known"))
+    assert network_cost(model).seconds == cost.seconds
+
+
+def jobs_of(manifest: Manifest, output: Path) -> list[Job]:
+    return [Job(case.image, output / f"{case.name}_seg.nii.gz") for case in manifest.cases[:3]]
+
+
+def test_a_run_tells_apart_what_cannot_be_read_and_what_does_not_fit(
+    tiny_model: Model, tiny_manifest: Manifest, tmp_path: Path
+) -> None:
+    bad = tmp_path / "bad.nii.gz"
+    bad.write_bytes(b"no image")
+    jobs = [*jobs_of(tiny_manifest, tmp_path / "out"), Job(bad, tmp_path / "out" / "bad_seg.nii.gz")]
+    good = plan_run(tiny_model, jobs, PLAIN_OPTIONS, tmp_path / "out", Silent(), max_bytes=10**11)
+    assert [case.way for case in good.cases] == [PLAIN] * 3 + [UNREADABLE]
+    assert good.cases[3].error.startswith(f"cannot read '{bad}': ")
+    assert good.summary().startswith("4 CTs, about ")
+    assert good.summary().endswith(" of 100.00 GB (--max-memory); 1 cannot be done")
+    tight = plan_run(tiny_model, jobs, PLAIN_OPTIONS, tmp_path / "out", Silent(), max_bytes=1000)
+    assert [case.way for case in tight.cases] == [TOO_LARGE] * 3 + [UNREADABLE]
+    assert tight.cases[0].error.startswith(f"'{jobs[0].image}': needs ")
+    assert tight.summary() == "4 CTs; 4 cannot be done"
+    assert not (tmp_path / "out").exists()
+
+
+def test_neighbours_count_where_they_overlap_and_wait_where_they_do_not_fit(
+    tiny_model: Model, tiny_manifest: Manifest, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(planning, "case_extent", lambda *_: CT)
+    monkeypatch.setattr(planning, "measure_network", lambda _: COST)
+    jobs = jobs_of(tiny_manifest, tmp_path)
+    alone = plan(tiny_model, 1e12).memory_bytes
+    together = plan_run(tiny_model, jobs, PLAIN_OPTIONS, tmp_path, Silent(), max_bytes=10**12)
+    beside = 48_000_000 + VOXELS
+    assert together.overlap
+    assert [case.memory_bytes for case in together.cases] == [alone + beside, alone + 2 * beside, alone + beside]
+    waiting = plan_run(tiny_model, jobs, PLAIN_OPTIONS, tmp_path, Silent(), max_bytes=alone + 2 * beside - 1)
+    assert not waiting.overlap
+    assert [(case.way, case.memory_bytes) for case in waiting.cases] == [(PLAIN, alone)] * 3
+
+
+def test_without_a_limit_the_machines_counts(tiny_model: Model, tiny_manifest: Manifest, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(planning, "available_memory", lambda own: (own + 10**9, "cgroup limit"))
+    run = plan_run(tiny_model, jobs_of(tiny_manifest, tmp_path), PLAIN_OPTIONS, tmp_path, Silent())
+    assert run.limited_by == "cgroup limit"
+    assert [case.way for case in run.cases] == [PLAIN] * 3
+
+
+def test_nothing_to_do_measures_nothing(tiny_model: Model, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(planning, "network_cost", lambda _: pytest.fail("nothing to do"))
+    assert plan_run(tiny_model, [], PLAIN_OPTIONS, tmp_path, Silent()) == RunPlan((), 0, "")
+
+
+@pytest.mark.parametrize("placement", ["volumes", "all"])
+def test_masks_of_a_run_on_disk_are_those_of_one_in_memory(
+    tiny_model: Model, tiny_manifest: Manifest, tmp_path: Path, placement: str
+) -> None:
+    jobs = jobs_of(tiny_manifest, tmp_path)
+    way = Placement(tmp_path, tmp_path if placement == "all" else None)
+    plans = {job.mask: Plan(image=job.image, way="on disk", placement=way) for job in jobs}
+    plans[jobs[1].mask] = Plan(image=jobs[1].image, way=TOO_LARGE, error="needs more")
+    outcomes = infer(tiny_model, jobs, tmp_path, Silent(), plans=plans)
+    assert [outcome.status for outcome in outcomes] == ["done", "failed", "done"]
+    assert outcomes[1].error == f"'{jobs[1].image}': needs more"
+    for job in (jobs[0], jobs[2]):
+        np.testing.assert_array_equal(read_labels(job.mask).array, predict(tiny_model, read_image(job.image)))
+    names = {"ctseg_model.json", "ctseg_run.json", "failures.csv", jobs[0].mask.name, jobs[2].mask.name}
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_durations_for_people() -> None:
+    assert [duration(s) for s in (0.4, 89, 90, 5000, 9000)] == ["0 s", "89 s", "2 min", "83 min", "2.5 h"]
+
+
+MEASURE = """
+import resource, sys
+from ctseg.cli import main
+try:
+    main()
+finally:
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, file=sys.stderr)
+"""
+
+
+def run_ctseg(folder: Path, *arguments: object) -> tuple[str, str, int]:
+    """What `ctseg` prints on stdout and stderr, and its peak memory."""
+    command = [sys.executable, "-c", MEASURE, *map(str, arguments)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True, env=os.environ)
+    return done.stdout, done.stderr, int(done.stderr.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_the_memory_that_was_promised_is_kept(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """CTs of 105 and 157 MB, in memory and under a limit that they only fit on disk: equal masks, peaks below."""
+    (tmp_path / "ct").mkdir()
+    for number, slices in enumerate((200, 300)):
+        array = np.random.default_rng(0).integers(-200, 300, (slices, 512, 512), dtype=np.int16).T
+        write_image(tmp_path / "ct" / f"{number}.nii", Volume(array, Geometry(array.shape, np.eye(4))))
+    common = ("infer", "ct", "--model", tiny_checkpoint, "--device", "cpu")
+    planned = json.loads(run_ctseg(tmp_path, *common, "--output", "none", "--dry-run", "--json")[0])["cases"]
+    needed = max(case["memory_bytes"] for case in planned)
+    limit = needed - 260 * 10**6  # without the smaller CT beside it, and less than the larger CT and its mask
+    _, in_memory, most = run_ctseg(tmp_path, *common, "--output", "a")
+    _, on_disk, least = run_ctseg(tmp_path, *common, "--output", "b", "--max-memory", limit)
+    assert "memory is limited" not in in_memory
+    assert "1.nii: CT and mask on disk, as memory is limited" in on_disk
+    assert most <= needed
+    assert least <= limit
+    for name in ("0_seg.nii", "1_seg.nii"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert {path.name for path in (tmp_path / "b").iterdir()} == {"ctseg_model.json", "0_seg.nii", "1_seg.nii"}
+
+
+def test_measuring_leaves_the_model_as_it_was(tiny_model: Model, tiny_manifest: Manifest) -> None:
+    volume = read_image(tiny_manifest.cases[0].image)
+    before = predict(tiny_model, volume)
+    measure_network(tiny_model)
+    np.testing.assert_array_equal(predict(tiny_model, volume), before)
