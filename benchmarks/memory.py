@@ -16,6 +16,8 @@ import json
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +83,9 @@ def main() -> None:
     print(machine())
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
-        for number, path in make_cts(folder, options.slices).items():
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # a child's peak begins with its parent's memory
+            cts = pool.submit(make_cts, folder, options.slices).result()
+        for number, path in cts.items():
             first = None
             for limit in options.limit:
                 with tempfile.TemporaryDirectory(dir=folder) as output:
