@@ -13,6 +13,7 @@ import typer
 from ctseg.commands.common import (
     BackendOption,
     DeviceOption,
+    FastFlag,
     GapsOption,
     JsonFlag,
     KeepIdentifiersFlag,
@@ -65,6 +66,7 @@ def infer(
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
     backend: BackendOption = None,
+    fast: FastFlag = False,
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
@@ -79,22 +81,23 @@ def infer(
         format=form,
         seg_type=seg_type,
         keep_empty_frames=keep_empty_frames,
+        fast=fast,
     )
     with make_progress(quiet) as progress:
         jobs = find_jobs(inputs, output, options, progress)
     make_folder(output)
     from ctseg.engine.infer import infer as run
-    from ctseg.engine.model import load_model
+    from ctseg.engine.model import load_model, runs_in_bfloat16
     from ctseg.engine.runtime import running, stop_on_signal
 
     flags = {"overwrite": overwrite, "overlays": overlays}
     with (
-        running(device, precision, amp=True, alone=True) as runtime,
+        running(device, precision, amp=True, alone=True, fast=fast and runs_in_bfloat16(path, backend)) as runtime,
         stop_on_signal() as stop_requested,
         make_progress(quiet) as progress,
     ):
         loaded = load_model(path, runtime, backend, progress.note)
-        progress.note(f"model {path} on {runtime.describe()}, {loaded.backend}{_part(part)}")
+        progress.note(f"model {path} on {runtime.describe()}, {loaded.backend}{', fast' if fast else ''}{_part(part)}")
         outcomes = run(
             loaded, jobs, output, progress, options=options, shard=part, stop_requested=stop_requested, **flags
         )

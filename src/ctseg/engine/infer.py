@@ -98,7 +98,7 @@ def _claim(output: Path, model: Model, jobs: list[Job], made_with: dict[str, Any
     present = read_object(output / RECORD)
     if not present:  # masks of unknown origin are not ours
         present = {} if any(job.mask.exists() for job in jobs) else record
-    different = differences(present, made_with, STRICT)
+    different = differences({"fast": False} | present, made_with, STRICT)  # an older folder does not say
     if present.get("sha256") != model.sha256:
         whose = ", ".join(str(present[key]) for key in ("recipe", "model") if key in present)
         _replace(output, jobs, f"masks of another model ({whose or 'of unknown origin'})", overwrite)
@@ -129,22 +129,25 @@ def _replace(output: Path, jobs: list[Job], what: str, overwrite: bool) -> None:
 def show_windows(progress: Progress, name: str, stop: Callable[[], None] = lambda: None) -> Iterator[OnWindow]:
     """Progress through one CT, as a task below the running one; the task ends with the context, whatever happens.
 
-    `stop` is called after every window and may raise.
+    When more windows turn out to be needed, a new task is begun for them. `stop` is called after every window and may
+    raise.
     """
-    started = False
+    known = 0
 
     def on_window(done: int, total: int) -> None:
-        nonlocal started
-        if not started:
-            progress.start(name, total)
-            started = True
+        nonlocal known
+        if total > known:
+            if known:
+                progress.finish()
+            progress.start(name, total - known)
+            known = total
         progress.advance()
         stop()
 
     try:
         yield on_window
     finally:
-        if started:
+        if known:
             progress.finish()
 
 
@@ -156,7 +159,7 @@ def _run(
         with memory_errors(f"'{job.image}'", model.runtime.device):
             case = read_case(job, options)
         with show_windows(progress, job.image.name, stop) as on_window:
-            mask = predict(model, case.volume, on_window)
+            mask = predict(model, case.volume, on_window, fast=options.fast)
         notes = case.notes + write_mask(job, case, mask, model, options)
     except (ImageError, NotEnoughMemory) as error:
         text = str(error) if str(job.image) in str(error) else f"'{job.image}': {error}"

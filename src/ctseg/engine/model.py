@@ -75,6 +75,11 @@ def load_model(
     return Model(recipe, forward, runtime, path, sha256, own)
 
 
+def runs_in_bfloat16(path: Path, backend: str | None = None) -> bool:
+    """Whether the model can run in bfloat16 on a CPU that has it: a checkpoint can, except on onnxruntime."""
+    return path.suffix == ".pt" and backend != "onnxruntime"
+
+
 def forward_of(network: nn.Module, runtime: Runtime) -> Forward:
     """The network in evaluation mode, channels last, in the runtime's precision."""
     network.eval().to(runtime.device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # stubs lack it

@@ -8,13 +8,14 @@ grid is all that is accumulated.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ctseg.engine.fast import Start, average, covering, windows_to_refine
 from ctseg.engine.model import Model
 from ctseg.engine.runtime import memory_errors
 from ctseg.preprocess import prepare, restore
@@ -22,18 +23,20 @@ from ctseg.sampling import cut_patch
 from ctseg.specs import Inference
 from ctseg.volume import Volume
 
-Start = tuple[int, int, int]
 OnWindow = Callable[[int, int], None]
-"""Called after each network call with (calls done, calls in all)."""
+"""Called after each network call with (calls done, calls in all); fast, the latter rises when more turn out needed."""
 
 
-def predict(model: Model, volume: Volume, on_window: OnWindow | None = None) -> NDArray[np.uint8]:
+def predict(
+    model: Model, volume: Volume, on_window: OnWindow | None = None, *, fast: bool = False
+) -> NDArray[np.uint8]:
     """The label map of a CT on its own grid: uint8 `[i, j, k]`, Fortran order.
 
     Args:
         model: Network and recipe.
         volume: CT in Hounsfield units, any orientation.
         on_window: Told of progress.
+        fast: Leaves out windows that would hardly change the mask, see `ctseg.engine.fast`.
 
     Raises:
         ImageError: if its header claims a grid that no CT has.
@@ -42,7 +45,7 @@ def predict(model: Model, volume: Volume, on_window: OnWindow | None = None) -> 
     size = "x".join(map(str, volume.geometry.size))
     with memory_errors(f"a CT of {size} voxels", model.runtime.device):
         prepared = prepare(volume, model.recipe.preprocess, model.runtime.device)
-        logits = window_logits(model, prepared.image_XYZ, model.recipe.inference, on_window)
+        logits = window_logits(model, prepared.image_XYZ, model.recipe.inference, on_window, fast=fast)
         return restore(scores_from_logits(logits), prepared)
 
 
@@ -53,34 +56,60 @@ def scores_from_logits(logits_CXYZ: Tensor) -> Tensor:
     return torch.softmax(logits_CXYZ, dim=0)
 
 
-def window_logits(model: Model, image_XYZ: Tensor, inference: Inference, on_window: OnWindow | None = None) -> Tensor:
+def window_logits(
+    model: Model, image_XYZ: Tensor, inference: Inference, on_window: OnWindow | None = None, *, fast: bool = False
+) -> Tensor:
     """Averaged logits on the whole grid, float32 `[C, X, Y, Z]`; two classes give one channel: their difference.
 
     Where the image is smaller than the window, windows are padded with zeros, half before and half after it.
+    `fast` leaves out windows that would hardly change the mask.
     """
     shape, window = _size(image_XYZ.shape), inference.window_size
     starts = list(window_starts(_size(map(max, shape, window)), window, inference.overlap))
     num_classes = model.recipe.num_classes
     channels = 1 if num_classes == 2 else num_classes
     total_CXYZ = torch.zeros((channels, *shape), device=image_XYZ.device)
-    held = [min(n, w) for n, w in zip(shape, window, strict=True)]  # what a window holds of the image
+    held = _size(map(min, shape, window))  # what a window holds of the image
     x, y, z = (slice((w - n) // 2, (w - n) // 2 + n) for n, w in zip(held, window, strict=True))
     batch = inference.batch_windows if model.runtime.device.type == "cuda" else 1
-    for first in range(0, len(starts), batch):
-        group = starts[first : first + batch]
+    groups = _groups_as_needed(starts, window, total_CXYZ, batch) if fast else _groups(starts, batch)
+    done: list[Start] = []
+    for number, (group, calls) in enumerate(groups, start=1):
         logits_BCXYZ = model.forward(torch.stack([cut_patch(image_XYZ, start, window) for start in group]).unsqueeze(1))
         if num_classes == 2:
             logits_BCXYZ = logits_BCXYZ[:, 1:] - logits_BCXYZ[:, :1]
         for start, logits_CXYZ in zip(group, logits_BCXYZ[..., x, y, z], strict=True):
             to_x, to_y, to_z = (slice(s, s + n) for s, n in zip(start, held, strict=True))
             total_CXYZ[..., to_x, to_y, to_z] += logits_CXYZ
+        done += group
         if on_window is not None:
-            on_window(first // batch + 1, -(-len(starts) // batch))
+            on_window(number, calls)
+    if len(done) < len(starts):
+        average(total_CXYZ, done, held)
+        return total_CXYZ
     for axis, counts in enumerate(_counts(starts, shape, window)):
         along = [1, 1, 1, 1]
         along[axis + 1] = -1
         total_CXYZ /= torch.from_numpy(counts).to(total_CXYZ).view(along)
     return total_CXYZ
+
+
+def _groups(starts: Sequence[Start], batch: int, calls_before: int = 0) -> Iterator[tuple[Sequence[Start], int]]:
+    """Windows of one network call each, with the number of calls in all."""
+    calls = calls_before + math.ceil(len(starts) / batch)
+    return ((starts[first : first + batch], calls) for first in range(0, len(starts), batch))
+
+
+def _groups_as_needed(
+    starts: Sequence[Start], window: Start, total_CXYZ: Tensor, batch: int
+) -> Iterator[tuple[Sequence[Start], int]]:
+    """Like `_groups`: the fewest windows that cover all, then those that `total_CXYZ` shows to be needed by then."""
+    first = covering(starts, window)
+    yield from _groups(first, batch)
+    held = _size(map(min, total_CXYZ.shape[1:], window))
+    ran = set(first)
+    needed = windows_to_refine(total_CXYZ, first, [start for start in starts if start not in ran], held)
+    yield from _groups(needed, batch, math.ceil(len(first) / batch))
 
 
 def window_starts(shape: Start, window: Start, overlap: float) -> Iterator[Start]:
