@@ -155,9 +155,7 @@ def test_progress_tells_of_further_windows_once_they_are_known(tiny_recipe: Reci
     inference = replace(tiny_recipe.inference, window_size=WINDOW, overlap=0.5, batch_windows=4)
     network = Counted(slanted)
     calls: list[tuple[int, int]] = []
-    window_logits(
-        model_of(tiny_recipe, network, runtime), ONE, inference, lambda *told: calls.append(told), fast=True
-    )
+    window_logits(model_of(tiny_recipe, network, runtime), ONE, inference, lambda *told: calls.append(told), fast=True)
     batch = 4 if runtime is GPU else 1
     first, further = -(-60 // batch), -(-(len(network.windows) - 60) // batch)
     assert further > 0
