@@ -54,7 +54,7 @@ FastFlag = Annotated[
     bool,
     typer.Option(
         "--fast",
-        help="Leave out windows that hardly change the mask; bfloat16 on a CPU that has it, unless --precision.",
+        help="Leave out windows that hardly change the mask; a UNet runs in bfloat16 on a CPU that has it.",
     ),
 ]
 SeriesOption = Annotated[

@@ -87,12 +87,12 @@ def infer(
         jobs = find_jobs(inputs, output, options, progress)
     make_folder(output)
     from ctseg.engine.infer import infer as run
-    from ctseg.engine.model import load_model, runs_in_bfloat16
+    from ctseg.engine.model import fast_in_bfloat16, load_model
     from ctseg.engine.runtime import running, stop_on_signal
 
     flags = {"overwrite": overwrite, "overlays": overlays}
     with (
-        running(device, precision, amp=True, alone=True, fast=fast and runs_in_bfloat16(path, backend)) as runtime,
+        running(device, precision, amp=True, alone=True, fast=fast and fast_in_bfloat16(path, backend)) as runtime,
         stop_on_signal() as stop_requested,
         make_progress(quiet) as progress,
     ):

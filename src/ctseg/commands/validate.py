@@ -57,10 +57,10 @@ def validate(
         found = _find_cases(path, manifest, data, split, progress)
         make_folder(target)
         from ctseg.engine.evaluate import evaluate, write_evaluation
-        from ctseg.engine.model import load_model, runs_in_bfloat16
+        from ctseg.engine.model import fast_in_bfloat16, load_model
         from ctseg.engine.runtime import running
 
-        with running(device, precision, amp=True, fast=fast and runs_in_bfloat16(path)) as runtime:
+        with running(device, precision, amp=True, fast=fast and fast_in_bfloat16(path)) as runtime:
             loaded = load_model(path, runtime)
             progress.note(f"model {path} on {runtime.describe()}{', fast' if fast else ''}")
             cases = found or find_data(loaded.recipe.data.manifest, data, progress).split(split)
