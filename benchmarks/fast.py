@@ -110,7 +110,7 @@ def main() -> None:
         os.environ["CTSEG_CACHE"] = folder
         found = [compare(resolve_model(options.model), volume, options.repetitions) for volume in options.volume]
     for way in list(WAYS)[1:]:
-        values = [one[way] for one in found if one[way] is not None]
+        values = [value for one in found if (value := one[way]) is not None]
         if values:
             print(f"{way}: Dice against exact, mean {statistics.mean(values):.5f}, lowest {min(values):.5f}")
 
