@@ -37,7 +37,7 @@ ENDINGS: dict[Format, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How CTs are read from DICOM, and what masks are written as.
+    """How CTs are read from DICOM, how their masks are made, and what these are written as.
 
     Attributes:
         series: Rule that picks series, see `ctseg.io.dicom.rule`; None: every CT series.
@@ -47,6 +47,7 @@ class Options:
         format: Of the masks; None: that of the CT, NIfTI for DICOM.
         seg_type: Of a DICOM SEG.
         keep_empty_frames: A DICOM SEG has a frame also where a structure is not.
+        fast: Windows that would hardly change the mask are left out.
     """
 
     series: str | None = None
@@ -56,12 +57,13 @@ class Options:
     format: Format | None = None
     seg_type: Literal["binary", "labelmap"] = "binary"
     keep_empty_frames: bool = False
+    fast: bool = False
 
     def record(self, jobs: Sequence[Job]) -> dict[str, Any]:
         """The options that make other masks of these jobs under the same names."""
         of_series = {"gaps": self.gaps, "tilt": self.tilt} if any(job.series is not None for job in jobs) else {}
         of_seg = {"seg_type": self.seg_type, "keep_empty_frames": self.keep_empty_frames}
-        return of_series | (of_seg if self.format == "dicom-seg" else {})
+        return {"fast": self.fast} | of_series | (of_seg if self.format == "dicom-seg" else {})
 
 
 PLAIN = Options()

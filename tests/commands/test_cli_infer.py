@@ -154,7 +154,7 @@ def test_record_of_the_model(mixed: tuple[Path, Any], tiny_model: Path):
 
     record = json.loads((mixed[0] / "masks" / "ctseg_model.json").read_text())
     sha256 = hashlib.sha256(tiny_model.read_bytes()).hexdigest()
-    assert record == {"recipe": "spleen:small", "model": "best.pt", "sha256": sha256}
+    assert record == {"recipe": "spleen:small", "model": "best.pt", "sha256": sha256, "fast": False}
 
 
 @pytest.fixture
@@ -174,6 +174,20 @@ def test_json_gives_the_volume_of_the_mask(cli: Callable[..., Any], cts: Path, t
         assert outcome["volumes_ml"] == pytest.approx({"spleen": voxels * 0.125})
         assert (outcome["status"], outcome["error"]) == ("done", "")
         assert outcome["seconds"] >= outcome["stage_seconds"]["network"] > 0
+
+
+def test_fast_says_so_and_keeps_its_masks_apart(cli: Callable[..., Any], cts: Path, tiny_model: Path, tmp_path: Path):
+    from ctseg.engine.runtime import cpu_has_bfloat16
+
+    call = ("infer", "cts", "--output", "masks", "--model", tiny_model, "--device", "cpu")
+    result = cli(*call, "--fast")
+    assert result.code == 0
+    assert f"{'bfloat16' if cpu_has_bfloat16() else 'float32'}, torch, fast\n" in result.err
+    assert json.loads((tmp_path / "masks" / "ctseg_model.json").read_text())["fast"] is True
+    refused = cli(*call)
+    assert refused.code == 2
+    assert refused.message.startswith("'masks' holds masks made with other options (fast True); choose another")
+    assert "float32, torch, fast\n" in cli(*call, "--fast", "--precision", "float32", "--overwrite").err
 
 
 def test_second_run_skips_what_is_done_and_redoes_what_is_not(
@@ -335,8 +349,8 @@ def test_stopped_by_a_signal_and_done_by_the_same_command(
 
     real = engine.predict
 
-    def signalled(*arguments: Any) -> Any:
-        mask = real(*arguments)
+    def signalled(*args: Any, **options: Any) -> Any:
+        mask = real(*args, **options)
         os.kill(os.getpid(), signal.SIGUSR1)
         return mask
 
@@ -509,7 +523,7 @@ def test_a_ct_that_does_not_fit_is_refused_before_it_is_read(
     assert first == ("4 of 4 CTs cannot be done:" if dry_run else "4 of 4 files failed, listed in masks/failures.csv:")
     assert lines[0].startswith("  'ct/four.mha': needs 0.")
     assert lines[0].endswith(" GB of memory, allowed are 0.01 GB; allow more with --max-memory or crop it")
-    assert dry_run or files_below(tmp_path / "masks") == ["ctseg_model.json", "failures.csv"]
+    assert dry_run or files_below(tmp_path / "masks") == ["ctseg_model.json", "ctseg_run.json", "failures.csv"]
 
 
 @pytest.mark.parametrize("size", ["much", "0G", "-1G", ""])

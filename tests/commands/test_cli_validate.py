@@ -59,6 +59,19 @@ def test_scores_are_those_of_the_written_masks(
     assert written == {k: v for k, v in answer.items() if k != "folder"}
 
 
+def test_fast_has_tables_of_its_own(cli: Callable[..., Any], run: Path, tiny_manifest: Manifest, tmp_path: Path):
+    case = case_of(tiny_manifest, "testing")
+    result = cli("validate", "--fast", "--json")
+    cli("infer", case.image, "--output", "masks", "--fast")
+    assert result.code == 0
+    assert ", fast\n" in result.err
+    answer = json.loads(result.out)
+    assert answer["folder"] == str(run / "validation-testing-fast")
+    mask = read_labels(tmp_path / "masks" / f"{case.name}_seg.nii.gz").array > 0
+    inside = read_labels(case.label).array > 0
+    assert answer["scores"][0]["dice"] == pytest.approx(2 * (mask & inside).sum() / (mask.sum() + inside.sum()))
+
+
 def test_table_for_people(cli: Callable[..., Any], run: Path, tiny_manifest: Manifest, tmp_path: Path):
     result = cli("validate", "--split", "training", "--output", "tables")
     assert result.code == 0

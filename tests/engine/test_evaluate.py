@@ -38,7 +38,7 @@ def answer(monkeypatch):
     """A function that sets the mask which `predict` gives."""
 
     def give(mask: np.ndarray) -> None:
-        monkeypatch.setattr(evaluate, "predict", lambda *_: mask)
+        monkeypatch.setattr(evaluate, "predict", lambda *_, **__: mask)
 
     return give
 
@@ -156,14 +156,14 @@ def test_a_case_that_cannot_be_scored_has_failed_with_its_reason_and_leaves_the_
 
 
 def test_a_bug_is_not_a_failed_case(tiny_model: Model, testing_case: Case, monkeypatch) -> None:
-    def bug(*_):
+    def bug(*_, **__):
         raise ZeroDivisionError
 
     monkeypatch.setattr(evaluate, "predict", bug)
     with pytest.raises(ZeroDivisionError):
         score_case(tiny_model, testing_case)
 
-    def refused(*_):
+    def refused(*_, **__):
         raise CtsegError("no")
 
     monkeypatch.setattr(evaluate, "predict", refused)

@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from ctseg.engine import infer as engine
-from ctseg.engine.infer import infer
+from ctseg.engine.infer import infer, show_windows
 from ctseg.engine.model import Model, load_model
 from ctseg.engine.predict import predict
 from ctseg.engine.runtime import Runtime
 from ctseg.errors import CtsegError, OutputError
 from ctseg.io.images import read_image, read_labels
-from ctseg.jobs import Job
+from ctseg.jobs import Job, Options
 from ctseg.manifest import Manifest
 from ctseg.preprocess import prepare
 from ctseg.progress import Silent
@@ -80,16 +80,16 @@ def test_the_next_is_read_and_the_last_written_while_the_network_runs(
     real_read, real_write = engine.read_case, engine.write_mask
     read, predicted = ([threading.Event() for _ in jobs] for _ in range(2))
 
-    def read_case(job, options):
-        case = real_read(job, options)
+    def read_case(job, *rest):
+        case = real_read(job, *rest)
         read[jobs.index(job)].set()
         return case
 
-    def predict_later(*arguments):
+    def predict_later(*arguments, **options):
         number = sum(event.is_set() for event in predicted)
         assert read[min(number + 1, 2)].wait(timeout=30)
         predicted[number].set()
-        return predict(*arguments)
+        return predict(*arguments, **options)
 
     def write_mask(job, *rest):
         assert predicted[min(jobs.index(job) + 1, 2)].wait(timeout=30)
@@ -164,7 +164,60 @@ def test_an_output_that_cannot_be_written_ends_the_run(tiny_model, jobs, tmp_pat
 def test_the_folder_says_whose_masks_it_holds(tiny_model: Model, jobs: list[Job], tmp_path: Path) -> None:
     infer(tiny_model, jobs[:1], tmp_path / "out", Silent())
     record = json.loads((tmp_path / "out" / "ctseg_model.json").read_text())
-    assert record == {"recipe": "spleen:small", "model": "best.pt", "sha256": tiny_model.sha256}
+    assert record == {"recipe": "spleen:small", "model": "best.pt", "sha256": tiny_model.sha256, "fast": False}
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_fast_and_exact_masks_never_mix(tiny_model: Model, jobs: list[Job], tmp_path: Path, fast: bool) -> None:
+    one_way, other_way = Options(fast=fast), Options(fast=not fast)
+    infer(tiny_model, jobs[:2], tmp_path / "out", Silent(), options=one_way)
+    before = states(jobs[:2])
+    with pytest.raises(CtsegError, match=rf"holds masks made with other options \(fast {fast}\); choose another"):
+        infer(tiny_model, jobs, tmp_path / "out", Silent(), options=other_way)
+    assert states(jobs[:2]) == before
+    assert statuses(infer(tiny_model, jobs, tmp_path / "out", Silent(), options=one_way)) == ["skipped"] * 2 + ["done"]
+    again = infer(tiny_model, jobs, tmp_path / "out", Silent(), options=other_way, overwrite=True)
+    assert statuses(again) == ["done"] * 3
+    assert statuses(infer(tiny_model, jobs, tmp_path / "out", Silent(), options=other_way)) == ["skipped"] * 3
+
+
+def test_masks_of_a_folder_that_does_not_say_are_exact(tiny_model: Model, jobs: list[Job], tmp_path: Path) -> None:
+    infer(tiny_model, jobs, tmp_path / "out", Silent())
+    record = tmp_path / "out" / "ctseg_model.json"
+    record.write_text(json.dumps({k: v for k, v in json.loads(record.read_text()).items() if k != "fast"}))
+    with pytest.raises(CtsegError, match="fast False"):
+        infer(tiny_model, jobs, tmp_path / "out", Silent(), options=Options(fast=True))
+    assert statuses(infer(tiny_model, jobs, tmp_path / "out", Silent())) == ["skipped"] * 3
+
+
+def test_fast_reaches_predict(tiny_model: Model, jobs: list[Job], tmp_path: Path) -> None:
+    infer(tiny_model, jobs[:1], tmp_path / "out", Silent(), options=Options(fast=True))
+    expected = predict(tiny_model, read_image(jobs[0].image), fast=True)
+    np.testing.assert_array_equal(read_labels(jobs[0].mask).array, expected)
+
+
+class Told(Silent):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def start(self, task: str, total: int) -> None:
+        self.lines.append(f"{task} {total}")
+
+    def advance(self, detail: str = "") -> None:
+        self.lines.append("+")
+
+    def finish(self) -> None:
+        self.lines.append("end")
+
+
+def test_windows_that_turn_out_to_be_needed_are_a_task_of_their_own() -> None:
+    told = Told()
+    with show_windows(told, "ct.nii") as on_window:
+        for done, total in ((1, 2), (2, 2), (3, 5), (4, 5), (5, 5)):
+            on_window(done, total)
+    assert told.lines == ["ct.nii 2", "+", "+", "end", "ct.nii 3", "+", "+", "+", "end"]
 
 
 @pytest.fixture
@@ -206,11 +259,11 @@ def test_replacing_that_is_cut_off_leaves_no_mask_of_the_old_model(
     infer(tiny_model, jobs, tmp_path / "out", Silent())
     calls = []
 
-    def cut_off(*args):
+    def cut_off(*args, **options):
         calls.append(args)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return predict(*args)
+        return predict(*args, **options)
 
     monkeypatch.setattr(engine, "predict", cut_off)
     with pytest.raises(KeyboardInterrupt):

@@ -2,15 +2,19 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
 
 from ctseg.engine.evaluate import evaluate
 from ctseg.engine.model import load_model
+from ctseg.engine.predict import predict
 from ctseg.engine.runtime import cpu_has_bfloat16, start_runtime
 from ctseg.engine.train import train
+from ctseg.io.images import read_image
 from ctseg.manifest import Case, Manifest
+from ctseg.metrics import dice
 from ctseg.progress import Silent
 from ctseg.recipe import load_recipe
 
@@ -40,9 +44,11 @@ def test_dice_on_the_trained_volumes_rises_above_085(real_data: Path, tmp_path: 
     result = train(recipe, tmp_path / "run", lambda _: data, runtime, Silent(), tmp_path / "prepared")
     model = load_model(result.checkpoint, runtime)
     evaluation = evaluate(model, spleens(real_data, "testing").split("testing"), Silent())
-    dice = {score.case: score.dice for score in evaluation.scores}
-    assert len(dice) == 3
-    assert all(value is not None and value > 0.85 for value in dice.values()), dice
+    scores = {score.case: score.dice for score in evaluation.scores}
+    assert len(scores) == 3
+    assert all(value is not None and value > 0.85 for value in scores.values()), scores
+    agreement = [fast_dice(result.checkpoint, case.image) for case in spleens(real_data, "testing").split("testing")]
+    assert mean(agreement) >= 0.998, agreement
 
 
 LUNG = ["preprocess.spacing_mm=[4.5,4.5,10]", "sampling.patch_size=[64,64,32]", "inference.window_size=[64,64,32]"]
@@ -91,3 +97,15 @@ def test_a_card_overfits_one_real_case(
     (score,) = evaluate(load_model(result.checkpoint, runtime), (case,), Silent()).scores
     assert score.dice is not None, score.error
     assert score.dice >= 0.9
+    assert fast_dice(result.checkpoint, image) >= 0.998
+
+
+def fast_dice(checkpoint: Path, image: Path) -> float:
+    """Dice of the mask with `--fast` against the exact one."""
+    volume = read_image(image)
+    exact = predict(load_model(checkpoint, start_runtime("cpu", "float32")), volume)
+    fast = predict(load_model(checkpoint, start_runtime("cpu", fast=True)), volume, fast=True)
+    assert exact.any()
+    value = dice(fast, exact)
+    assert value is not None
+    return value

@@ -134,11 +134,11 @@ def test_another_models_entries_go_with_its_masks(tiny_model: Model, jobs: list[
 def test_how_a_run_ended(tiny_model, jobs, output: Path, monkeypatch, error, state: str, told: str) -> None:
     states = []
 
-    def second_fails(*arguments):
+    def second_fails(*arguments, **options):
         states.append(read(output)["state"])
         if len(states) == 2:
             raise error
-        return predict(*arguments)
+        return predict(*arguments, **options)
 
     monkeypatch.setattr(engine, "predict", second_fails)
     with pytest.raises(type(error)):

@@ -50,6 +50,13 @@ BackendOption = Annotated[
         "--backend", help="What runs the network; auto: the faster one here. Default: torch, or the file's own."
     ),
 ]
+FastFlag = Annotated[
+    bool,
+    typer.Option(
+        "--fast",
+        help="Leave out windows that hardly change the mask; a UNet runs in bfloat16 on a CPU that has it.",
+    ),
+]
 SeriesOption = Annotated[
     str | None,
     typer.Option(

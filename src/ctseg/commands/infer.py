@@ -15,6 +15,7 @@ from ctseg import slurm
 from ctseg.commands.common import (
     BackendOption,
     DeviceOption,
+    FastFlag,
     GapsOption,
     JsonFlag,
     KeepIdentifiersFlag,
@@ -76,6 +77,7 @@ def infer(
     backend: BackendOption = None,
     max_memory: MaxMemoryOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what each CT will take.")] = False,
+    fast: FastFlag = False,
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
@@ -91,6 +93,7 @@ def infer(
         format=form,
         seg_type=seg_type,
         keep_empty_frames=keep_empty_frames,
+        fast=fast,
     )
     in_parts = _launches(gpus, device)
     with make_progress(quiet) as progress:
@@ -102,17 +105,17 @@ def infer(
     if not dry_run:
         make_folder(output)
     from ctseg.engine.infer import infer as run
-    from ctseg.engine.model import load_model
+    from ctseg.engine.model import fast_in_bfloat16, load_model
     from ctseg.engine.plan import plan_run
     from ctseg.engine.runtime import running, stop_on_signal
 
     with (
-        running(device, precision, amp=True, alone=True) as runtime,
+        running(device, precision, amp=True, alone=True, fast=fast and fast_in_bfloat16(path, backend)) as runtime,
         stop_on_signal() as stop_requested,
         make_progress(quiet) as progress,
     ):
         loaded = load_model(path, runtime, backend, progress.note)
-        progress.note(f"model {path} on {runtime.describe()}, {loaded.backend}{_part(part)}")
+        progress.note(f"model {path} on {runtime.describe()}, {loaded.backend}{', fast' if fast else ''}{_part(part)}")
         todo = [job for job in part.take(jobs) if overwrite or not job.is_done]
         plans = plan_run(
             loaded, todo, options, output, progress, max_bytes=max_bytes, measure=dry_run, overlays=overlays

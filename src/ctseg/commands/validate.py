@@ -10,6 +10,7 @@ import typer
 from ctseg.commands.common import (
     DataOption,
     DeviceOption,
+    FastFlag,
     JsonFlag,
     ManifestOption,
     ModelOption,
@@ -38,11 +39,12 @@ def validate(
     manifest: ManifestOption = None,
     data: DataOption = None,
     output: Annotated[
-        Path | None, typer.Option(help="Folder of the tables. Default: validation-SPLIT in the run.")
+        Path | None, typer.Option(help="Folder of the tables. Default: validation-SPLIT[-fast] in the run.")
     ] = None,
     overlays: Annotated[bool, typer.Option("--overlays", help="Also draw a picture of every case.")] = False,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
+    fast: FastFlag = False,
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
@@ -50,19 +52,19 @@ def validate(
     if split not in SPLITS:
         raise CtsegError(f"--split {split}: expected one of {', '.join(SPLITS)}")
     path = resolve_model(model)
-    target = output or (run_of(path) or Path()) / f"validation-{split}"
+    target = output or (run_of(path) or Path()) / f"validation-{split}{'-fast' if fast else ''}"
     with make_progress(quiet) as progress:
         found = _find_cases(path, manifest, data, split, progress)
         make_folder(target)
         from ctseg.engine.evaluate import evaluate, write_evaluation
-        from ctseg.engine.model import load_model
+        from ctseg.engine.model import fast_in_bfloat16, load_model
         from ctseg.engine.runtime import running
 
-        with running(device, precision, amp=True) as runtime:
+        with running(device, precision, amp=True, fast=fast and fast_in_bfloat16(path)) as runtime:
             loaded = load_model(path, runtime)
-            progress.note(f"model {path} on {runtime.describe()}")
+            progress.note(f"model {path} on {runtime.describe()}{', fast' if fast else ''}")
             cases = found or find_data(loaded.recipe.data.manifest, data, progress).split(split)
-            evaluation = evaluate(loaded, cases, progress, target / "overlays" if overlays else None)
+            evaluation = evaluate(loaded, cases, progress, target / "overlays" if overlays else None, fast=fast)
     write_evaluation(target, evaluation, path, split)
     emit(
         {**evaluation.to_dict(), "model": path, "split": split, "folder": target},

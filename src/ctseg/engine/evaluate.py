@@ -128,13 +128,18 @@ class Evaluation:
         return {"mean_dice": self.mean_dice, **dataclasses.asdict(self), "lesions": lesions}
 
 
-def evaluate(model: Model, cases: tuple[Case, ...], progress: Progress, overlays: Path | None = None) -> Evaluation:
-    """Dice of every structure and case on the label's own native grid; pictures in the folder `overlays` if given."""
+def evaluate(
+    model: Model, cases: tuple[Case, ...], progress: Progress, overlays: Path | None = None, *, fast: bool = False
+) -> Evaluation:
+    """Dice of every structure and case on the label's own native grid; pictures in the folder `overlays` if given.
+
+    `fast` is that of `predict`.
+    """
     scores: list[CaseScore] = []
     lesions: list[CaseLesions] = []
     progress.start(f"validating {model.recipe.name}", len(cases))
     for case in cases:
-        own_scores, own_lesions = score_case(model, case, overlays)
+        own_scores, own_lesions = score_case(model, case, overlays, fast=fast)
         scores.extend(own_scores)
         lesions.extend(own_lesions)
         progress.advance(_detail(scores[-1]))
@@ -147,7 +152,9 @@ def evaluate(model: Model, cases: tuple[Case, ...], progress: Progress, overlays
     )
 
 
-def score_case(model: Model, case: Case, overlays: Path | None = None) -> tuple[list[CaseScore], list[CaseLesions]]:
+def score_case(
+    model: Model, case: Case, overlays: Path | None = None, *, fast: bool = False
+) -> tuple[list[CaseScore], list[CaseLesions]]:
     """The scores of one case, or one failed entry for each structure; `CASE.png` in `overlays` if given.
 
     And its lesions: none if the case failed or the recipe does not ask for them.
@@ -156,7 +163,7 @@ def score_case(model: Model, case: Case, overlays: Path | None = None) -> tuple[
     structures = {int(value): name for value, name in model.recipe.labels.items()}
     try:
         image, labels = read_case(case, model.recipe.preprocess.binarize_labels)
-        mask = predict(model, image)
+        mask = predict(model, image, fast=fast)
     except CtsegError as error:
         seconds = time.perf_counter() - started
         return [CaseScore(case.name, name, None, None, None, seconds, str(error)) for name in structures.values()], []

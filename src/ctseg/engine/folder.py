@@ -27,8 +27,8 @@ def claim(output: Path, model: Model, jobs: list[Job], made_with: dict[str, Any]
     record = {"recipe": model.recipe.name, "model": model.path.name, "sha256": model.sha256}
     present = read_object(output / RECORD)
     if not present:  # masks of unknown origin are not ours
-        present = {} if any(job.mask.exists() for job in jobs) else record
-    different = differences(present, made_with, STRICT)
+        present = {} if any(job.mask.exists() for job in jobs) else record | made_with
+    different = differences({"fast": False} | present, made_with, STRICT)  # an older folder does not say
     if present.get("sha256") != model.sha256:
         whose = ", ".join(str(present[key]) for key in ("recipe", "model") if key in present)
         _replace(output, jobs, f"masks of another model ({whose or 'of unknown origin'})", overwrite)

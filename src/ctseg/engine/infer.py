@@ -110,7 +110,7 @@ def infer(
             if stop_requested():
                 raise Stopped
 
-        return _segment(work, model, progress, stop)
+        return _segment(work, model, options, progress, stop)
 
     def finished(outcome: Outcome) -> None:
         outcomes.append(outcome)
@@ -146,22 +146,25 @@ def infer(
 def show_windows(progress: Progress, name: str, stop: Callable[[], None] = lambda: None) -> Iterator[OnWindow]:
     """Progress through one CT, as a task below the running one; the task ends with the context, whatever happens.
 
-    `stop` is called after every window and may raise.
+    When more windows turn out to be needed, a new task is begun for them. `stop` is called after every window and may
+    raise.
     """
-    started = False
+    known = 0
 
     def on_window(done: int, total: int) -> None:
-        nonlocal started
-        if not started:
-            progress.start(name, total)
-            started = True
+        nonlocal known
+        if total > known:
+            if known:
+                progress.finish()
+            progress.start(name, total - known)
+            known = total
         progress.advance()
         stop()
 
     try:
         yield on_window
     finally:
-        if started:
+        if known:
             progress.finish()
 
 
@@ -174,7 +177,7 @@ def _read(work: _Work, options: Options, device: torch.device) -> _Work:
     return work
 
 
-def _segment(work: _Work, model: Model, progress: Progress, stop: Callable[[], None]) -> _Work:
+def _segment(work: _Work, model: Model, options: Options, progress: Progress, stop: Callable[[], None]) -> _Work:
     stop()
     if work.case is None or work.error:
         return work
@@ -182,7 +185,9 @@ def _segment(work: _Work, model: Model, progress: Progress, stop: Callable[[], N
     if work.plan and work.placement != IN_MEMORY:
         progress.note(f"{name}: {work.plan.way}, as memory is limited: {work.plan.describe()}")
     with _case_errors(work, model.runtime.device), show_windows(progress, name, stop) as on_window:
-        work.mask = predict(model, work.case.volume, on_window, work.clock, work.placement)
+        work.mask = predict(
+            model, work.case.volume, on_window, clock=work.clock, placement=work.placement, fast=options.fast
+        )
     return work
 
 

@@ -20,6 +20,7 @@ from ctseg.engine.runtime import Runtime
 from ctseg.errors import DeviceError, ModelError
 from ctseg.networks import fold_for_inference, network_for
 from ctseg.recipe import RECIPE_ENTRY, Recipe, recipe_from_dict
+from ctseg.specs import UNetSpec
 
 Reader = Callable[[Path, Runtime], tuple[Recipe, Forward]]
 
@@ -73,6 +74,20 @@ def load_model(
         return Model(found.recipe, found.forward, runtime, path, sha256, found.backend)
     recipe, forward = reader(path, runtime)
     return Model(recipe, forward, runtime, path, sha256, own)
+
+
+def fast_in_bfloat16(path: Path, backend: str | None = None) -> bool:
+    """Whether `--fast` may run the model in bfloat16 on a CPU: it may with a UNet's checkpoint, not on onnxruntime.
+
+    With the other networks' weights bfloat16 was seen to change masks by more than `--fast` may.
+
+    Raises:
+        ModelError: if the checkpoint cannot be read.
+    """
+    if path.suffix != ".pt" or backend == "onnxruntime":
+        return False
+    recipe = recipe_from_dict(read_checkpoint(path).get("recipe"), f"recipe inside '{path}'")
+    return isinstance(recipe.network, UNetSpec)
 
 
 def forward_of(network: nn.Module, runtime: Runtime) -> Forward:

@@ -222,7 +222,7 @@ def plan_run(
         try:
             extent = case_extent(job, options)
             writing_bytes = _writing_bytes(job, extent, overlays)
-            plan = plan_case(model, extent, cost, allowed, scratch, writing_bytes=writing_bytes)
+            plan = plan_case(model, extent, cost, allowed, scratch, writing_bytes=writing_bytes, fast=options.fast)
         except ImageError as error:
             plan = Plan(image=job.image, way=UNREADABLE, error=str(error))
         if plan.way == TOO_LARGE:
@@ -252,6 +252,7 @@ def plan_case(
     scratch: Path,
     *,
     writing_bytes: int = 0,
+    fast: bool = False,
 ) -> Plan:
     """The first way that stays within `max_bytes`: in memory, the CT and its mask on disk, or the grids as well.
 
@@ -262,6 +263,7 @@ def plan_case(
         max_bytes: Of memory that the process may have.
         scratch: Folder for arrays on disk.
         writing_bytes: Of memory while the mask is written, wherever the arrays lie.
+        fast: Whether windows may be left out; all are counted, as only the run itself shows which.
 
     Raises:
         ImageError: if the network's grid would have too many voxels.
@@ -271,6 +273,8 @@ def plan_case(
     windows = num_windows(grid, model.recipe.inference)
     seconds = windows * cost.seconds + voxels * SECONDS_PER_VOXEL
     always_bytes = cost.base_bytes + int(cost.window_bytes * SPARE_SHARE) + SPARE_BYTES
+    if fast and model.runtime.device.type == "cpu":  # a byte for each structure says where it is undecided
+        always_bytes += (model.recipe.num_classes - 1) * math.prod(grid)
     for way, placement in _ways(scratch):
         stage_bytes, volume_bytes, disk_bytes = _bytes(model, extent, grid, placement)
         plan = Plan(

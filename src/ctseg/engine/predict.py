@@ -8,7 +8,7 @@ grid is all that is accumulated.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ctseg.engine.clock import Clock
+from ctseg.engine.fast import Start, average, covering, windows_to_refine
 from ctseg.engine.model import Model
 from ctseg.engine.runtime import memory_errors
 from ctseg.preprocess import new_tensor, prepare, release_tensor, restore, slabs_of
@@ -25,9 +26,8 @@ from ctseg.sampling import cut_patch
 from ctseg.specs import Inference
 from ctseg.volume import Volume
 
-Start = tuple[int, int, int]
 OnWindow = Callable[[int, int], None]
-"""Called after each network call with (calls done, calls in all)."""
+"""Called after each network call with (calls done, calls in all); fast, the latter rises when more turn out needed."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,10 @@ def predict(
     model: Model,
     volume: Volume,
     on_window: OnWindow | None = None,
+    *,
     clock: Clock | None = None,
     placement: Placement = IN_MEMORY,
+    fast: bool = False,
 ) -> NDArray[np.uint8]:
     """The label map of a CT on its own grid: uint8 `[i, j, k]`, Fortran order.
 
@@ -61,6 +63,7 @@ def predict(
         on_window: Told of progress.
         clock: Told how long the stages "prepare", "network" and "restore" take.
         placement: Where arrays lie; it changes nothing else.
+        fast: Leaves out windows that would hardly change the mask, see `ctseg.engine.fast`.
 
     Raises:
         ImageError: if its header claims a grid that no CT has.
@@ -73,7 +76,8 @@ def predict(
         with clock.stage("prepare", device):
             prepared = prepare(volume, model.recipe.preprocess, device, placement.grids)
         with clock.stage("network", device):
-            logits = window_logits(model, prepared.image_XYZ, model.recipe.inference, on_window, placement.grids)
+            inference = model.recipe.inference
+            logits = window_logits(model, prepared.image_XYZ, inference, on_window, placement.grids, fast=fast)
         prepared = replace(prepared, image_XYZ=logits[0, :0])  # makes room for the mask
         with clock.stage("restore", device):
             return restore(scores_from_logits(logits), prepared, placement.volumes)
@@ -96,22 +100,26 @@ def window_logits(
     inference: Inference,
     on_window: OnWindow | None = None,
     scratch: Path | None = None,
+    *,
+    fast: bool = False,
 ) -> Tensor:
     """Averaged logits on the whole grid, float32 `[C, X, Y, Z]`; two classes give one channel: their difference.
 
     Where the image is smaller than the window, windows are padded with zeros, half before and half after it. Axes have
-    the image's order in memory. On the CPU the logits lie on the disk of `scratch`, if it is given.
+    the image's order in memory. On the CPU the logits lie on the disk of `scratch`, if it is given. `fast` leaves out
+    windows that would hardly change the mask.
     """
     shape, window = _size(image_XYZ.shape), inference.window_size
     starts = list(window_starts(_size(map(max, shape, window)), window, inference.overlap))
     num_classes = model.recipe.num_classes
     channels = 1 if num_classes == 2 else num_classes
     total_CXYZ = _zeros_like(image_XYZ, channels, scratch)
-    held = [min(n, w) for n, w in zip(shape, window, strict=True)]  # what a window holds of the image
+    held = _size(map(min, shape, window))  # what a window holds of the image
     x, y, z = (slice((w - n) // 2, (w - n) // 2 + n) for n, w in zip(held, window, strict=True))
     batch = inference.batch_windows if model.runtime.device.type == "cuda" else 1
-    for first in range(0, len(starts), batch):
-        group = starts[first : first + batch]
+    groups = _groups_as_needed(starts, window, total_CXYZ, batch) if fast else _groups(starts, batch)
+    done: list[Start] = []
+    for number, (group, calls) in enumerate(groups, start=1):
         logits_BCXYZ = model.forward(torch.stack([cut_patch(image_XYZ, start, window) for start in group]).unsqueeze(1))
         if num_classes == 2:
             logits_BCXYZ = logits_BCXYZ[:, 1:] - logits_BCXYZ[:, :1]
@@ -120,8 +128,12 @@ def window_logits(
             total_CXYZ[..., to_x, to_y, to_z] += logits_CXYZ
             release_tensor(image_XYZ[to_x, to_y, to_z])
             release_tensor(total_CXYZ[..., to_x, to_y, to_z])
+        done += group
         if on_window is not None:
-            on_window(first // batch + 1, -(-len(starts) // batch))
+            on_window(number, calls)
+    if len(done) < len(starts):
+        average(total_CXYZ, done, held)
+        return total_CXYZ
     counts = [torch.from_numpy(along).to(total_CXYZ) for along in _counts(starts, shape, window)]
     for box in slabs_of(total_CXYZ):
         for axis, (along, part) in enumerate(zip(counts, box[1:], strict=True)):
@@ -133,6 +145,24 @@ def num_windows(shape: Start, inference: Inference) -> int:
     """How many windows cover a grid."""
     sizes = zip(shape, inference.window_size, strict=True)
     return math.prod(len(_starts_along(max(n, w), w, inference.overlap)) for n, w in sizes)
+
+
+def _groups(starts: Sequence[Start], batch: int, calls_before: int = 0) -> Iterator[tuple[Sequence[Start], int]]:
+    """Windows of one network call each, with the number of calls in all."""
+    calls = calls_before + math.ceil(len(starts) / batch)
+    return ((starts[first : first + batch], calls) for first in range(0, len(starts), batch))
+
+
+def _groups_as_needed(
+    starts: Sequence[Start], window: Start, total_CXYZ: Tensor, batch: int
+) -> Iterator[tuple[Sequence[Start], int]]:
+    """Like `_groups`: the fewest windows that cover all, then those that `total_CXYZ` shows to be needed by then."""
+    first = covering(starts, window)
+    yield from _groups(first, batch)
+    held = _size(map(min, total_CXYZ.shape[1:], window))
+    ran = set(first)
+    needed = windows_to_refine(total_CXYZ, first, [start for start in starts if start not in ran], held)
+    yield from _groups(needed, batch, math.ceil(len(first) / batch))
 
 
 def window_starts(shape: Start, window: Start, overlap: float) -> Iterator[Start]:

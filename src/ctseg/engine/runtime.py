@@ -105,16 +105,20 @@ class Runtime:
         return f"{self.device} ({name}), {self.precision}{processes}"
 
 
-def start_runtime(device: str = "auto", precision: str = "auto", *, amp: bool = False, alone: bool = False) -> Runtime:
+def start_runtime(
+    device: str = "auto", precision: str = "auto", *, amp: bool = False, alone: bool = False, fast: bool = False
+) -> Runtime:
     """The runtime for this process: threads and allocator set, process group joined if launched as one of several.
 
     Launched by torchrun, by `--gpus` or as one of several tasks of one srun.
 
     Args:
         device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N".
-        precision: One of PRECISIONS. "auto" is float16 on CUDA when `amp`, float32 otherwise.
+        precision: One of PRECISIONS. "auto" is float16 on CUDA when `amp`, bfloat16 on a CPU that has it when `fast`,
+            float32 otherwise.
         amp: Whether the recipe wants mixed precision on CUDA.
         alone: Work that processes share without ever talking to each other: no process group is joined.
+        fast: Whether less precision is welcome on a CPU.
 
     Raises:
         DeviceError: if the device or precision is not to be had here.
@@ -129,6 +133,8 @@ def start_runtime(device: str = "auto", precision: str = "auto", *, amp: bool = 
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
         _join_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", rank, world_size)
+    if precision == "auto" and fast and chosen.type == "cpu" and cpu_has_bfloat16():
+        precision = "bfloat16"
     amp_dtype = _choose_precision(precision, chosen, amp)
     torch.backends.cudnn.allow_tf32 = amp_dtype is not None  # float32 means float32, not TF32's ten bits
     return Runtime(chosen, amp_dtype, rank, world_size)
@@ -148,7 +154,7 @@ def memory_errors(subject: str, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def running(
-    device: str = "auto", precision: str = "auto", *, amp: bool = False, alone: bool = False
+    device: str = "auto", precision: str = "auto", *, amp: bool = False, alone: bool = False, fast: bool = False
 ) -> Iterator[Runtime]:
     """`start_runtime`, and the process group left again at the end; the end of another process is PeerLost.
 
@@ -156,7 +162,7 @@ def running(
     tells the error and ends the process instead, see `cli`.
     """
     try:
-        yield start_runtime(device, precision, amp=amp, alone=alone)
+        yield start_runtime(device, precision, amp=amp, alone=alone, fast=fast)
         _leave_group()
     except Stopped:
         _leave_group()
