@@ -82,11 +82,11 @@ def phantom_data() -> MadeData:
 
 
 def organ_data() -> MadeData:
-    """The abdomen as a kind of made data: its label holds eight organs, as `ORGANS` numbers them."""
+    """The abdomen as a kind of made data: its label holds the five large organs, as `ORGANS` numbers them."""
     return MadeData(
         name="phantom_organs",
         label="organs",
-        label_values=(1, 2, 3, 4, 5, 6, 10, 14),
+        label_values=(1, 2, 3, 4, 5),
         structures=ORGANS,
         version=GENERATOR_VERSION,
         make=lambda seed, index: make_phantom(seed, index),
