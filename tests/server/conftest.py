@@ -41,7 +41,8 @@ def bright(input_BCXYZ: torch.Tensor) -> torch.Tensor:
 
 
 def clicks_model(forward: Callable[[torch.Tensor], torch.Tensor] = clicked) -> Model:
-    recipe = load_recipe("deepgrow_3d:small")
+    window = ["inference.window_size=[48,48,48]", "sampling.patch_size=[48,48,48]"]
+    recipe = load_recipe("deepgrow_3d:small", ["preprocess.spacing_mm=[5,5,5]", *window])
     return Model(recipe, forward, CPU, Path("deepgrow.pt"), "0" * 64)
 
 

