@@ -215,11 +215,11 @@ async def _answer(request: Request, service: Service, found: ClickSession, click
     result = await service.segment_clicks(request, service.model(found.model), found.path, clicks)
     found.mask = await run_in_threadpool(mask_bytes, result.mask, result.geometry)
     found.clicks = clicks
-    return Response(found.mask, media_type=GZIP)
+    return Response(found.mask, media_type=GZIP, headers=result.timing)
 
 
 async def _file(result: Segmentation) -> Response:
-    return Response(await run_in_threadpool(mask_bytes, result.mask, result.geometry), media_type=GZIP)
+    return Response(await run_in_threadpool(mask_bytes, result.mask, result.geometry), 200, result.timing, GZIP)
 
 
 def _told(service: Service, session_id: str) -> dict[str, Any]:

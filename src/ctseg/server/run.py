@@ -35,6 +35,7 @@ def open_socket(host: str, port: int) -> socket.socket:
     Raises:
         CtsegError: if it is not to be had.
     """
+    bound = None
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         bound = socket.socket(family, socket.SOCK_STREAM)
@@ -42,6 +43,8 @@ def open_socket(host: str, port: int) -> socket.socket:
         bound.bind(address)
         bound.listen(128)  # who comes before the models are loaded waits
     except OSError as error:
+        if bound is not None:
+            bound.close()
         raise CtsegError(f"--host {host} --port {port}: {error.strerror or error}; choose another one") from error
     return bound
 
@@ -72,6 +75,7 @@ def run(app: FastAPI, bound: socket.socket, tls: Tls | None, stop_requested: Cal
     try:
         config.load()
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        bound.close()
         raise CtsegError(f"--tls-cert, --tls-key: cannot be used: {error}") from error
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, args=([bound],), name="http", daemon=True)

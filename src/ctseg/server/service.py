@@ -6,6 +6,7 @@ import asyncio
 import math
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,10 +60,16 @@ class Served:
 
 @dataclass(frozen=True, eq=False)
 class Segmentation:
-    """A mask and its grid."""
+    """A mask, its grid, and how long the model took for it once its turn had come."""
 
     mask: NDArray[np.uint8]
     geometry: Geometry
+    seconds: float
+
+    @property
+    def timing(self) -> dict[str, str]:
+        """The header that tells it to clients."""
+        return {"Server-Timing": f"model;dur={1000 * self.seconds:.1f}"}
 
 
 @dataclass
@@ -144,7 +151,7 @@ class Service:
         def work(check: Callable[[], None]) -> NDArray[np.uint8]:
             return predict(served.model, volume, lambda *_: check())
 
-        return Segmentation(await self.worker.run(request, work), volume.geometry)
+        return await self._run(request, work, volume.geometry)
 
     async def segment_clicks(
         self, request: Request | None, served: Served, path: Path, clicks: Sequence[Click]
@@ -169,7 +176,17 @@ class Service:
         def work(_: object) -> NDArray[np.uint8]:
             return segment_prepared(served.model, self.cache.get(key, prepare, num_bytes), clicks)
 
-        return Segmentation(await self.worker.run(request, work), geometry)
+        return await self._run(request, work, geometry)
+
+    async def _run(
+        self, request: Request | None, work: Callable[[Callable[[], None]], NDArray[np.uint8]], geometry: Geometry
+    ) -> Segmentation:
+        def timed(check: Callable[[], None]) -> tuple[NDArray[np.uint8], float]:
+            started = time.perf_counter()
+            return work(check), time.perf_counter() - started
+
+        mask, seconds = await self.worker.run(request, timed)
+        return Segmentation(mask, geometry, seconds)
 
     def close(self) -> None:
         """Ends all work and removes what was only here for a time."""
