@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ctseg.commands.common import BackendOption, DeviceOption, PrecisionOption, QuietFlag, parse_bytes, say
+from ctseg.commands.common import BackendOption, DeviceOption, JsonFlag, PrecisionOption, QuietFlag, emit, parse_bytes
 from ctseg.errors import CtsegError
 from ctseg.progress import make_progress
 from ctseg.server.settings import Settings, check_exposure, check_origin, find_token
@@ -43,6 +43,7 @@ def serve(
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
     backend: BackendOption = None,
+    as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
     """Annotate CTs over HTTP: a web page, the MONAI Label and AIAA v1 APIs for 3D Slicer and OHIF, and an own one."""
@@ -87,5 +88,7 @@ def serve(
             progress.note(f"model {path} on {runtime.describe()}, {loaded.backend}")
         service = open_service(settings, models)
         app = make_app(service)
-        say(f"{len(service.datastore.images())} images, models {', '.join(service.models)}: {url_of(bound, tls)}")
+        url, images = url_of(bound, tls), len(service.datastore.images())
+        text = f"{images} images, models {', '.join(service.models)}: {url}"
+        emit({"url": url, "images": images, "models": list(service.models)}, text, as_json)
         run(app, bound, tls, stop_requested)

@@ -12,7 +12,7 @@ from starlette.concurrency import run_in_threadpool
 
 from ctseg.clicks import Click
 from ctseg.engine.session import voxel_of
-from ctseg.io.images import read_geometry, read_labels
+from ctseg.io.images import read_labels
 from ctseg.server.datastore import FINAL
 from ctseg.server.masks import MEDIA_TYPES, mask_bytes, mask_of_bytes, nifti_bytes
 from ctseg.server.problems import Conflict, Invalid
@@ -148,7 +148,7 @@ async def click(request: Request, service: ServiceHere, session: str, body: NewC
     async with found.lock:
         if len(found.clicks) >= MAX_CLICKS:
             raise Conflict(f"session: at most {MAX_CLICKS} clicks; undo some or reset")
-        geometry = await run_in_threadpool(read_geometry, found.path)
+        geometry = await run_in_threadpool(service.check_size, found.path)
         new = Click(voxel_of(body.position, geometry, body.coordinates), body.positive)
         return await _answer(request, service, found, (*found.clicks, new))
 
@@ -184,7 +184,7 @@ async def save(service: ServiceHere, session: str, body: Save) -> dict[str, Any]
         mask = mask_of_bytes(found.mask)
         if not mask.any():
             raise Invalid("save: the mask is empty; click first")
-        geometry = read_geometry(found.path)
+        geometry = service.check_size(found.path)
         return service.datastore.save_structure(found.image, body.tag, body.label, mask, geometry)[1]
 
     async with found.lock:

@@ -33,6 +33,8 @@ from ctseg.volume import Geometry, Volume
 
 MAX_CLICKS = 256
 """In one session; a person gives up long before."""
+GRID_BYTES = 1024
+"""What a grid in memory counts for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +135,7 @@ class Service:
         Raises:
             TooLarge: if it has more voxels than the server takes.
         """
-        geometry = read_geometry(path)
+        geometry = self.cache.get(("grid", *_version(path)), lambda: read_geometry(path), lambda _: GRID_BYTES)
         voxels = math.prod(geometry.size)
         if voxels > self.settings.max_voxels:
             raise TooLarge(f"image: at most {self.settings.max_voxels} voxels, got {voxels}; crop it")
