@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from timing import machine, ratios, spread
 from torch import Tensor
 
 from ctseg.clicks import Click, network_input, next_click
 from ctseg.engine.runtime import tune_allocator
+from timing import machine, ratios, spread
 
 SIGMA = 2
 MADE = {"rough": (0.30, 6.0), "medium": (0.20, 3.0), "close": (0.15, 1.0)}
