@@ -182,6 +182,7 @@ def test_deepgrow_2d_differs_in_slices():
             "preprocess.crop_foreground: needs a window that is clipped",
         ),
         ("deepgrow_2d", "sampling.patch_size=[256,256,16]", "sampling.patch_size: a network with 2 dimensions takes"),
+        ("deepgrow_2d", "sampling.patch_size=[16,16,1]", "sampling.patch_size: one size must be 32 or more"),
         ("deepgrow_2d", "sampling.patch_size=[256,100,1]", "sampling.patch_size: every size must be a multiple of 16"),
         ("deepgrow_3d", "lesions={volume_limits_ml=[1],min_overlap=0.1}", "lesions: not in a recipe with clicks"),
         ("deepgrow_3d", "clicks.num_clicks=0", "clicks.num_clicks: must be at least 1, got 0"),
