@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from ctseg.engine.bank import bank_folder, index_organs, open_bank, prepare_bank
+from ctseg.engine.bank import bank_folder, open_bank, prepare_bank
 from ctseg.engine.samples import count_organs, open_samples
 from ctseg.errors import ManifestError
 from ctseg.manifest import Manifest, read_manifest
+from ctseg.organs import index_organs
 from ctseg.progress import Silent
 from ctseg.recipe import Recipe, load_recipe
 from ctseg.sampling import CaseArrays, cut_batch, draw_step
