@@ -14,6 +14,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,8 @@ def make_masks(size: int, batch: int, kind: str) -> tuple[NDArray[np.bool_], NDA
     share, shift = MADE[kind]
     rng = np.random.default_rng(0)
     grid = np.stack(np.meshgrid(*[np.arange(size)] * 3, indexing="ij"))
-    labels, masks = [], []
+    labels: list[NDArray[np.bool_]] = []
+    masks: list[NDArray[np.bool_]] = []
     for _ in range(batch):
         centre, radii = rng.uniform(0.4, 0.6, 3) * size, rng.uniform(0.8, 1.25, 3) * share * size
         for kept, moved, scale in ((labels, 0.0, 1.0), (masks, shift, 0.95)):
@@ -88,14 +90,13 @@ def compare(options: argparse.Namespace, kind: str) -> None:
     clicks = [[Click((x, y, z)) for x, y, z in own] for own in points]
     guidance = [str([[[0, *p] for p in own], [[-1] * 4 for _ in own]]) for own in points]
     device = torch.device(options.device)
-    on_device = [torch.from_numpy(a).to(device) for a in (image, labels, masks)]
-    as_floats = [a[:, None].astype(np.float32) for a in (labels, masks)]
+    image_there, labels_there, masks_there = (torch.from_numpy(a).to(device) for a in (image, labels, masks))
+    label_floats, mask_floats = (a[:, None].astype(np.float32) for a in (labels, masks))
     stock, ours = [], []
     for repetition in range(options.repetitions + 1):
-        pair = (
-            milliseconds(lambda: monai_round(image, *as_floats, guidance)),
-            milliseconds(lambda seed=repetition: our_round(*on_device, clicks, seed)),  # type: ignore[misc]  # bound now
-        )
+        theirs = partial(monai_round, image, label_floats, mask_floats, guidance)
+        own = partial(our_round, image_there, labels_there, masks_there, clicks, repetition)
+        pair = milliseconds(theirs), milliseconds(own)
         if repetition:  # the first one warms up
             stock.append(pair[0])
             ours.append(pair[1])

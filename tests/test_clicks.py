@@ -26,7 +26,7 @@ from ctseg.clicks import (
 from ctseg.specs import ClicksSpec
 
 SPEC = ClicksSpec(num_clicks=15, sigma_voxels=2.0, margin_voxels=4, min_voxels=1)
-DRAWS = 4000
+DRAWS = 2500
 ALPHA = 1e-3
 """Of the chi-square tests; seeds are fixed, so they do not fail now and then."""
 
@@ -179,7 +179,7 @@ def rngs_of(number: int, seed: int = 0) -> list[np.random.Generator]:
 
 def test_training_clicks_come_with_falling_probability() -> None:
     """Against a network that never finds anything, N + 1 - sum(j / N) clicks are expected: the first and 8 of 15."""
-    images, seen = 300, []
+    images, seen = 150, []
     label = torch.zeros(images, 1, 8, 8, 8)
     label[:, :, 1:7, 1:7, 1:7] = 1
 

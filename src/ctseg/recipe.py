@@ -103,6 +103,8 @@ class Recipe:
             yield f"{key}: a network with 2 dimensions takes one slice, so the third size must be 1, got {list(size)}"
         if any(n % multiple for n in (size[:2] if self.is_2d else size)):
             yield f"{key}: every size must be a multiple of {multiple} (the network's strides), got {list(size)}"
+        elif isinstance(self.network, BasicUNetSpec) and max(size) == multiple:
+            yield f"{key}: one size must be {2 * multiple} or more, to normalise the deepest level, got {list(size)}"
 
     def _check_clicks(self) -> Iterator[str]:
         """What a recipe with clicks must have, and must not."""

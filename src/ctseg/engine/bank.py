@@ -31,6 +31,7 @@ from ctseg.errors import CtsegError, ImageError, ManifestError, Stopped, list_pr
 from ctseg.files import make_folder, output_errors
 from ctseg.io.images import read_image, read_labels
 from ctseg.manifest import Case
+from ctseg.organs import index_organs
 from ctseg.preprocess import prepare_labels
 from ctseg.progress import Progress
 from ctseg.recipe import Recipe
@@ -43,7 +44,7 @@ FORMAT = 2
 MAX_ORGANS = 255
 """Label values that a recipe with clicks takes."""
 SECTIONS = "sections"
-"""Of organs, in `case.json`: see `index_organs`."""
+"""Of organs, in `case.json`: see `organs.index_organs`."""
 LEFTOVER_SECONDS = 24 * 3600
 GPU_SHARE = 0.5
 """The bank moves to the GPU when it needs at most this share of the free memory there."""
@@ -165,28 +166,8 @@ def bank_fingerprint(cases: tuple[Case, ...], folder: Path) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def index_organs(label_XYZ: NDArray[np.uint8]) -> tuple[NDArray[np.int32], list[list[int]]]:
-    """The flat indices (C order) of all labelled voxels, organ by organ and slice by slice, and where each begins.
-
-    A section is an organ in one slice: its label value, z, where its indices start and stop, the lowest and highest x,
-    the lowest and highest y.
-    """
-    flat = np.flatnonzero(label_XYZ)
-    value = label_XYZ.reshape(-1)[flat].astype(np.int64)
-    order = np.lexsort((flat, flat % label_XYZ.shape[2], value))
-    flat, value = flat[order], value[order]
-    x, y, z = np.unravel_index(flat, label_XYZ.shape)
-    starts = np.flatnonzero((np.diff(value, prepend=0) != 0) | (np.diff(z, prepend=-1) != 0))
-    if len(starts) == 0:
-        return flat.astype(np.int32), []
-    stops = [*starts[1:], len(flat)]
-    bounds = [f.reduceat(part, starts) for part in (x, y) for f in (np.minimum, np.maximum)]
-    table = np.column_stack([value[starts], z[starts], starts, stops, *bounds])
-    return flat.astype(np.int32), [[int(n) for n in row] for row in table]
-
-
 def organ_sections(case: Case, folder: Path) -> list[list[int]]:
-    """The sections of a case that was prepared for a recipe with clicks, see `index_organs`."""
+    """The sections of a case that was prepared for a recipe with clicks, see `organs.index_organs`."""
     sections: list[list[int]] = _description(case_folder(folder, case))[SECTIONS]
     return sections
 
