@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ FINAL, ORIGINAL = "final", "original"
 REPLACED = "replaced"
 """Folder, below that of a tag, of the labels that newer ones took the place of."""
 MAX_INFO_BYTES = 2**16
+SETTLED_NS = 2 * 10**9
+"""A folder that changed this long ago shows every change in its time; clocks of file systems are coarse."""
 MAX_STRUCTURES = 255
 
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -57,7 +60,9 @@ class Datastore:
         self.folder = folder.resolve()
         self._labels = make_folder(self.folder / "labels")
         self._lock = threading.RLock()
-        self._claim = _claim(self._labels)
+        self._images: dict[str, Path] = {}
+        self._scanned_ns = 0
+        self._claim: int | None = _claim(self._labels)
         self._index = _read_index(self._labels / "index.json")
         for value, name in (structures or {}).items():
             if name not in self.structures and str(value) not in self._index["structures"]:
@@ -65,7 +70,10 @@ class Datastore:
 
     def close(self) -> None:
         """Lets another server have the folder."""
-        os.close(self._claim)
+        with self._lock:
+            claim, self._claim = self._claim, None
+        if claim is not None:
+            os.close(claim)
 
     @property
     def structures(self) -> dict[str, int]:
@@ -75,6 +83,15 @@ class Datastore:
 
     def images(self) -> dict[str, Path]:
         """Id -> file, in order of the files' names; of two files with one id, the first."""
+        changed_ns = self.folder.stat().st_mtime_ns
+        with self._lock:
+            settled = time.time_ns() - changed_ns > SETTLED_NS
+            if changed_ns != self._scanned_ns or not settled:
+                self._images = self._scan()
+                self._scanned_ns = changed_ns
+            return dict(self._images)
+
+    def _scan(self) -> dict[str, Path]:
         found: dict[str, Path] = {}
         for path in sorted(self.folder.iterdir()):
             if is_image_name(path) and not path.name.startswith(".") and self._is_inside(path):

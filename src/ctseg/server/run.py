@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import queue
 import socket
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from logging.handlers import QueueHandler, QueueListener
 from pathlib import Path
 
 import uvicorn
@@ -19,6 +22,8 @@ from ctseg.progress import printable
 LOG_LINES: deque[str] = deque(maxlen=5000)
 """The newest lines of the log, for clients that ask for them."""
 GRACE_SECONDS = 5
+MAX_UNWRITTEN = 1000
+"""Lines of log that may wait for a slow stderr."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,13 @@ def start_log(quiet: bool) -> None:
     log.setLevel(logging.INFO)
     log.propagate = False
     form = logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S")
-    handlers: list[logging.Handler] = [_Memory()] if quiet else [_Memory(), logging.StreamHandler()]
+    handlers: list[logging.Handler] = [_Memory()]
+    if not quiet:
+        to_stderr = logging.StreamHandler()
+        to_stderr.setFormatter(form)
+        lines: queue.Queue[logging.LogRecord] = queue.Queue(MAX_UNWRITTEN)
+        QueueListener(lines, to_stderr).start()
+        handlers.append(_Dropping(lines))
     for handler in handlers:
         handler.setFormatter(form)
         log.addHandler(handler)
@@ -102,3 +113,16 @@ class _Memory(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Keeps the record's lines."""
         LOG_LINES.extend(printable(line) for line in self.format(record).splitlines())
+
+
+class _Dropping(QueueHandler):
+    """A stderr that nobody reads must not stop the server: what does not fit into the queue is dropped."""
+
+    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
+        """The record as it is; the listener formats it."""
+        return record
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        """Puts the record into the queue if there is room."""
+        with suppress(queue.Full):
+            self.queue.put_nowait(record)
