@@ -167,6 +167,17 @@ def live(start: Callable[..., Live]) -> Live:
     return start()
 
 
+@pytest.fixture(scope="session")
+def steady(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    """A server of one CT, `one.nii.gz`, that tests share: for requests that change nothing."""
+    folder = tmp_path_factory.mktemp("steady")
+    write_image(folder / "one.nii.gz", make_ct())
+    settings = Settings(studies=folder, max_sessions=1000)
+    live = Live(settings, [("deepgrow", clicks_model()), ("spleen", bright_model())], None)
+    yield live
+    live.close()
+
+
 @pytest.fixture
 def made() -> SimpleNamespace:
     """What tests compare with: `make_ct`, `box_mask`, `clicks_model`, `bright_model`, `ball`."""

@@ -42,36 +42,36 @@ def opened(live: Any) -> str:
         ({"position": [1, 2, 3], "radius": 3}, "radius: "),
     ],
 )
-def test_wrong_clicks(live: Any, body: dict[str, Any], reason: str) -> None:
-    status, told = live.refused("POST", f"/api/sessions/{opened(live)}/clicks", json=body)
+def test_wrong_clicks(steady: Any, body: dict[str, Any], reason: str) -> None:
+    status, told = steady.refused("POST", f"/api/sessions/{opened(steady)}/clicks", json=body)
     assert status == 422
     assert reason in told
 
 
 @pytest.mark.parametrize("content", ['{"position": [NaN, 0, 0]}', '{"position": [Infinity, 0, 0]}', "{", "[" * 100_000])
-def test_bodies_that_are_no_json(live: Any, content: str) -> None:
+def test_bodies_that_are_no_json(steady: Any, content: str) -> None:
     headers = {"content-type": "application/json"}
-    path = f"/api/sessions/{opened(live)}/clicks"
-    assert live.refused("POST", path, data=content, headers=headers)[0] in (400, 422)
+    path = f"/api/sessions/{opened(steady)}/clicks"
+    assert steady.refused("POST", path, data=content, headers=headers)[0] in (400, 422)
 
 
 @pytest.mark.parametrize(
     "image",
     ["../one", "..%2fone", "/etc/passwd", "studies/../one", "one.nii.gz", "\x00", "labels/final/one", "a" * 5000],
 )
-def test_ids_that_lead_elsewhere(live: Any, image: str) -> None:
-    assert live.refused("POST", "/api/sessions", json={"image": image, "model": "deepgrow"})[0] == 404
-    assert live.refused("GET", "/datastore/image", params={"image": image})[0] == 404
-    assert live.refused("POST", "/infer/spleen", params={"image": image})[0] == 404
-    assert live.refused("GET", "/datastore/label", params={"label": image, "tag": "final"})[0] == 404
-    assert live.refused("GET", "/datastore/label", params={"label": "one", "tag": image})[0] == 404
+def test_ids_that_lead_elsewhere(steady: Any, image: str) -> None:
+    assert steady.refused("POST", "/api/sessions", json={"image": image, "model": "deepgrow"})[0] == 404
+    assert steady.refused("GET", "/datastore/image", params={"image": image})[0] == 404
+    assert steady.refused("POST", "/infer/spleen", params={"image": image})[0] == 404
+    assert steady.refused("GET", "/datastore/label", params={"label": image, "tag": "final"})[0] == 404
+    assert steady.refused("GET", "/datastore/label", params={"label": "one", "tag": image})[0] == 404
 
 
 @pytest.mark.parametrize(
     "path", ["/../pyproject.toml", "/%2e%2e/%2e%2e/etc/passwd", "//etc/passwd", "/api/images/%2e%2e/file"]
 )
-def test_paths_that_lead_elsewhere(live: Any, path: str) -> None:
-    with socket.create_connection(live.socket.getsockname()) as connection:
+def test_paths_that_lead_elsewhere(steady: Any, path: str) -> None:
+    with socket.create_connection(steady.socket.getsockname()) as connection:
         connection.sendall(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n".encode())
         answer = b"".join(iter(lambda: connection.recv(65536), b""))
     assert answer.startswith(b"HTTP/1.1 404")
@@ -135,11 +135,11 @@ def test_uploads_that_are_no_ct(live: Any, studies: Path, made: SimpleNamespace,
 
 
 @pytest.mark.parametrize("name", ["..nii.gz", ".hidden.nii.gz", "a\nb.nii.gz", "-x\x7f.nii", "é" * 300 + ".nii.gz"])
-def test_names_that_no_file_should_have(live: Any, tmp_path: Path, made: SimpleNamespace, name: str) -> None:
+def test_names_that_no_file_should_have(steady: Any, tmp_path: Path, made: SimpleNamespace, name: str) -> None:
     write_image(tmp_path / "ok.nii.gz", made.ct())
     content = (tmp_path / "ok.nii.gz").read_bytes()
     form = {"file": ("ok.nii.gz", content), "id": (None, name.removesuffix(".gz").removesuffix(".nii"))}
-    assert live.refused("POST", "/api/images", files=form)[0] == 422
+    assert steady.refused("POST", "/api/images", files=form)[0] == 422
 
 
 def test_images_larger_than_allowed(start: Callable[..., Any], tmp_path: Path, made: SimpleNamespace) -> None:
@@ -184,8 +184,8 @@ def test_uploads_larger_than_allowed_with_and_without_a_length(start: Callable[.
         {"params": (None, "{" * 2000)},
     ],
 )
-def test_wrong_parameters(live: Any, form: dict[str, Any]) -> None:
-    assert live.refused("POST", "/infer/deepgrow?image=one", files=form)[0] == 422
+def test_wrong_parameters(steady: Any, form: dict[str, Any]) -> None:
+    assert steady.refused("POST", "/infer/deepgrow?image=one", files=form)[0] == 422
 
 
 def test_what_is_not_there(live: Any) -> None:

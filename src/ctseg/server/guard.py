@@ -28,7 +28,9 @@ BODY_SECONDS = 600.0
 OPEN_PATHS = ("/", "/auth/", "/auth/token")
 """What may be had without a token: the page itself and how to get one; files of the page are recognised by suffix."""
 PAGE_SUFFIXES = (".html", ".js", ".css", ".svg", ".txt", ".ico", ".png", ".woff2")
-API_PREFIXES = ("/api", "/info", "/infer", "/session", "/datastore", "/activelearning", "/train", "/batch", "/model")
+API_PREFIXES = (
+    "/api", "/v1", "/info", "/infer", "/session", "/datastore", "/activelearning", "/train", "/batch", "/model", "/logs"
+)  # fmt: skip
 HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),

@@ -86,7 +86,7 @@ def run(app: FastAPI, bound: socket.socket, tls: Tls | None, stop_requested: Cal
     thread = threading.Thread(target=server.run, args=([bound],), name="http", daemon=True)
     thread.start()
     while thread.is_alive():
-        thread.join(0.2)
+        thread.join(0.05)
         if stop_requested():
             server.should_exit = True
 
