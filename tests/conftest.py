@@ -12,7 +12,7 @@ from ctseg.files import write_json
 from ctseg.io.images import write_labels
 from ctseg.manifest import Manifest, read_manifest
 from ctseg.recipe import Recipe, load_recipe
-from ctseg.sources.phantom import centered_grid, make_phantom
+from ctseg.sources.phantom import centered_grid, make_phantom, organ_data
 
 TINY_OVERRIDES = [
     "network.channels=[4,8]",
@@ -26,6 +26,19 @@ TINY_OVERRIDES = [
     "inference.window_size=[16,16,16]",
 ]
 """Turns spleen:small into a recipe that trains in about a second."""
+TINY_CLICKS = [
+    "network.features=[4,4,8,8,8,4]",
+    "preprocess.spacing_mm=[8,8,8]",
+    "sampling.patch_size=[32,16,16]",
+    "inference.window_size=[32,16,16]",
+    "training.batch_cases=4",
+    "training.epochs=2",
+    "training.validation_interval_epochs=1",
+    "clicks.num_clicks=3",
+    "clicks.margin_voxels=1",
+    "clicks.min_voxels=4",
+]
+"""Turns deepgrow_3d:small into a recipe that trains in seconds."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -66,6 +79,29 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         entries[split].append(image.name if split == "test" else {"image": image.name, "label": label.name})
     write_json(folder / "tiny.json", {"name": "tiny", "labels": {"0": "background", "1": "spleen"}, **entries})
     return folder / "tiny.json"
+
+
+@pytest.fixture(scope="session")
+def tiny_organs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The manifest file of five coarse phantoms with five organs each: 3 training, 1 validation, 1 testing."""
+    folder = tmp_path_factory.mktemp("organs")
+    entries: dict[str, list[object]] = {"training": [], "validation": [], "testing": []}
+    splits = ["training"] * 3 + ["validation", "testing"]
+    for index, (split, codes) in enumerate(zip(splits, ("LPS", "RAS", "LPS", "RAS", "LAS"), strict=True)):
+        grid = centered_grid((48, 40, 30), (5.0, 5.0, 5.0), codes)
+        phantom = make_phantom(7, index, grid=grid)
+        image, label = folder / f"case_{index}.nii.gz", folder / f"case_{index}_label.nii.gz"
+        _write_ct(image, phantom.image)
+        write_labels(label, organ_data().label_of(phantom).array, grid)
+        entries[split].append({"image": image.name, "label": label.name})
+    write_json(folder / "organs.json", {"name": "organs", "labels": organ_data().labels, **entries})
+    return folder / "organs.json"
+
+
+@pytest.fixture(scope="session")
+def clicks_recipe() -> Recipe:
+    """The deepgrow pipeline, small enough to train in seconds."""
+    return load_recipe("deepgrow_3d:small", TINY_CLICKS)
 
 
 @pytest.fixture(scope="session")

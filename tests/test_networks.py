@@ -5,12 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from monai.networks.nets import UNet
+from monai.networks.nets import BasicUNet, UNet
 from torch import nn
 
 from ctseg.networks import (
     OneSlopePReLU,
     build_network,
+    channels_last,
     count_parameters,
     fold_for_inference,
     network_for,
@@ -26,6 +27,10 @@ from ctseg.recipe import Recipe, load_recipe
         ("lung", 27_086_072),
         ("lung_soft_dice", 27_086_072),
         ("bone_lesion", 18_796_002),
+        ("deepgrow_3d", 22_627_009),
+        ("deepgrow_2d", 7_783_425),
+        ("deepgrow_3d:mmar", 22_627_009),
+        ("deepgrow_3d:residual", 19_223_440),
     ],
 )
 def test_recipes_have_the_parameters_of_the_originals(name: str, count: int) -> None:
@@ -51,6 +56,30 @@ def test_spleen_is_the_unet_of_the_original_configuration() -> None:
     image = torch.randn(1, 1, 32, 32, 48)
     with torch.inference_mode():
         torch.testing.assert_close(network.eval()(image), expected.eval()(image), rtol=0, atol=0)
+
+
+def test_deepgrow_is_monais_basic_unet_with_maps_of_clicks() -> None:
+    torch.manual_seed(5)
+    network = network_for(load_recipe("deepgrow_3d:small"))
+    torch.manual_seed(5)
+    expected = BasicUNet(3, in_channels=3, out_channels=1, features=(8, 16, 32, 32, 32, 8))
+    weights, wanted = network.state_dict(), expected.state_dict()
+    assert list(weights) == list(wanted)
+    assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
+
+
+def test_a_2d_network_sees_every_slice_by_itself() -> None:
+    torch.manual_seed(5)
+    network = channels_last(network_for(load_recipe("deepgrow_2d:small"))).eval()
+    torch.manual_seed(5)
+    expected = BasicUNet(2, in_channels=3, out_channels=1, features=(8, 16, 32, 32, 32, 8)).eval()
+    assert list(network.state_dict()) == list(expected.state_dict())
+    image = torch.randn(2, 3, 32, 48, 3)
+    with torch.inference_mode():
+        scores = network(image)
+        assert scores.shape == (2, 1, 32, 48, 3)
+        for z in range(3):
+            torch.testing.assert_close(scores[..., z], expected(image[..., z]), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("labels", "channels"), [({"1": "a"}, 2), ({"1": "a", "2": "b", "3": "c"}, 4)])

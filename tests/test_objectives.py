@@ -274,3 +274,19 @@ def test_cosine_is_that_of_pytorch(warmup: int, final: float) -> None:
         assert learning_rate(spec, 2.0, n, 1, 10) == pytest.approx(judge.get_last_lr()[0])
         optimizer.step()
         judge.step()
+
+
+@pytest.mark.parametrize("batch", [False, True])
+def test_one_score_is_dice_on_its_sigmoid(batch: bool) -> None:
+    """As MONAI's DiceLoss with sigmoid, in value and gradient."""
+    generator = torch.Generator().manual_seed(0)
+    labels = (torch.rand(3, 1, 9, 8, 7, generator=generator) > 0.7).to(torch.uint8)
+    logits = [torch.randn(3, 1, 9, 8, 7, generator=generator, dtype=torch.float64).requires_grad_()]
+    logits.append(logits[0].detach().float().requires_grad_())
+    stock = DiceLoss(sigmoid=True, squared_pred=True, batch=batch)(logits[0], labels.double())
+    spec = DiceSpec(kind="dice", squared_pred=True, batch=batch, include_background=False)
+    ours = build_loss(spec)(logits[1], labels)
+    stock.backward()
+    ours.backward()
+    torch.testing.assert_close(ours.double(), stock, rtol=0, atol=1e-6)
+    torch.testing.assert_close(logits[1].grad.double(), logits[0].grad, rtol=0, atol=1e-7)

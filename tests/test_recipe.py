@@ -12,6 +12,8 @@ from ctseg.specs import (
     AdamSpec,
     AHNetSpec,
     Augmentation,
+    BasicUNetSpec,
+    ClicksSpec,
     CodeSpec,
     ConstantSpec,
     Data,
@@ -119,6 +121,75 @@ def test_the_first_lung_card_differs_in_loss_batch_and_data():
         objective=DiceSpec(kind="dice", squared_pred=False, batch=False, include_background=True),
         training=dataclasses.replace(LUNG.training, batch_cases=16),  # 4 cases on each of 4 GPUs
     )
+
+
+DEEPGROW = Recipe(
+    name="deepgrow_3d",
+    title="",
+    source="",
+    labels={"1": "object"},
+    data=Data(manifest="btcv"),
+    preprocess=Preprocess(spacing_mm=(1.0, 1.0, 3.0), hu_window=(208.0, 596.0), clip=False, crop_foreground=False),
+    network=BasicUNetSpec(kind="basic_unet", features=(32, 64, 128, 256, 512, 32), dimensions=3),
+    sampling=Sampling(patch_size=(128, 128, 128), patches_per_case=1, positive_fraction=1.0),
+    augmentation=Augmentation(shift_offset=0.0, shift_probability=0.0),
+    objective=DiceSpec(kind="dice", squared_pred=True, batch=False, include_background=False),
+    optimizer=AdamSpec(kind="adam", lr=1e-4),
+    schedule=ConstantSpec(kind="constant"),
+    training=Training(
+        epochs=200, batch_cases=1, validation_interval_epochs=10, validation_overlap=0.0, amp=False, seed=0
+    ),
+    inference=Inference(window_size=(128, 128, 128), overlap=0.0, batch_windows=1),
+    clicks=ClicksSpec(num_clicks=15, sigma_voxels=2.0, margin_voxels=20, min_voxels=8),
+)
+
+
+def test_deepgrow_holds_the_published_numbers():
+    assert untitled("deepgrow_3d") == DEEPGROW
+    assert (DEEPGROW.input_channels, DEEPGROW.output_channels, DEEPGROW.is_2d) == (3, 1, False)
+    shipped = untitled("deepgrow_3d:mmar")
+    assert shipped.preprocess.spacing_mm == (1.0, 1.0, 1.0)
+    assert shipped.sampling.patch_size == shipped.inference.window_size == (192, 192, 128), "128 x 192 x 192 in z, y, x"
+    assert untitled("deepgrow_3d:residual").network.kind == "unet"
+
+
+def test_deepgrow_2d_differs_in_slices():
+    flat = untitled("deepgrow_2d")
+    assert flat == dataclasses.replace(
+        DEEPGROW,
+        name="deepgrow_2d",
+        preprocess=dataclasses.replace(DEEPGROW.preprocess, keep_slice_spacing=True),
+        network=dataclasses.replace(DEEPGROW.network, dimensions=2),
+        sampling=dataclasses.replace(DEEPGROW.sampling, patch_size=(256, 256, 1)),
+        training=dataclasses.replace(DEEPGROW.training, batch_cases=16),
+        inference=dataclasses.replace(DEEPGROW.inference, window_size=(256, 256, 1)),
+        clicks=dataclasses.replace(DEEPGROW.clicks, min_voxels=16),
+    )
+    assert flat.is_2d
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "problem"),
+    [
+        ("deepgrow_3d", "labels.2=x", "labels: a recipe with clicks has one structure"),
+        ("deepgrow_3d", "objective.include_background=true", "objective.include_background: clicks have one score"),
+        ("deepgrow_3d", "sampling.positive_fraction=0.5", "sampling.positive_fraction: clicks need 1"),
+        ("deepgrow_3d", "inference.window_size=[96,96,96]", "inference.window_size: must be sampling.patch_size"),
+        ("deepgrow_3d", "preprocess.binarize_labels=true", "preprocess.binarize_labels: not in a recipe with clicks"),
+        (
+            "deepgrow_3d",
+            "preprocess.crop_foreground=true",
+            "preprocess.crop_foreground: needs a window that is clipped",
+        ),
+        ("deepgrow_2d", "sampling.patch_size=[256,256,16]", "sampling.patch_size: a network with 2 dimensions takes"),
+        ("deepgrow_2d", "sampling.patch_size=[16,16,1]", "sampling.patch_size: one size must be 32 or more"),
+        ("deepgrow_2d", "sampling.patch_size=[256,100,1]", "sampling.patch_size: every size must be a multiple of 16"),
+        ("deepgrow_3d", "lesions={volume_limits_ml=[1],min_overlap=0.1}", "lesions: not in a recipe with clicks"),
+        ("deepgrow_3d", "clicks.num_clicks=0", "clicks.num_clicks: must be at least 1, got 0"),
+    ],
+)
+def test_what_a_recipe_with_clicks_must_be(name: str, override: str, problem: str):
+    assert problem in refusal(name, override)
 
 
 def test_bone_lesion_holds_the_published_numbers():
@@ -300,7 +371,7 @@ def test_the_last_set_wins():
         ("preprocess.hu_window=[5,5]", "preprocess.hu_window: the first value must be below the second, got [5, 5]"),
         ("preprocess.hu_window=[nan,5]", "preprocess.hu_window[0]: expected a finite number, got nan"),
         ("inference.overlap=1", "inference.overlap: must be below 1, got 1.0"),
-        ("network.kind=unett", "network.kind: expected one of unet, ahnet, segresnet, got 'unett'"),
+        ("network.kind=unett", "network.kind: expected one of unet, ahnet, segresnet, basic_unet, got 'unett'"),
         ("objective.kind=[1]", "objective.kind: expected one of dice, dice_ce, got [1]"),
         ("network.strides=[2,2]", "network.strides: expected one less than channels (5), got 2"),
         ("sampling.patch_size=[96,96,90]", "sampling.patch_size: every size must be a multiple of 16 (the network's"),
@@ -333,7 +404,7 @@ def test_all_problems_of_file_and_overrides_at_once(tmp_path: Path):
         f"recipe '{path}': 6 problems",
         "  --set nonsense: expected section.key=value",
         "  extra: unknown key; known: name, title, source, labels, data, preprocess, network, sampling, augmentation, "
-        "objective, optimizer, schedule, training, inference, lesions, codes",
+        "objective, optimizer, schedule, training, inference, lesions, clicks, codes",
         "  preprocess.spacing: unknown key; did you mean 'spacing_mm'?",
         "  preprocess.spacing_mm: missing",
         "  preprocess.hu_window: expected 2 values, got [0]",

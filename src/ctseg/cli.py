@@ -18,6 +18,7 @@ import typer
 
 import ctseg
 from ctseg import slurm
+from ctseg.commands.annotate import annotate
 from ctseg.commands.convert import convert
 from ctseg.commands.demo import demo
 from ctseg.commands.dicom import dicom
@@ -31,6 +32,7 @@ from ctseg.commands.infer import infer
 from ctseg.commands.labels import labels
 from ctseg.commands.prepare_dataset import prepare_dataset
 from ctseg.commands.recipes import recipes
+from ctseg.commands.serve import serve
 from ctseg.commands.slurm import ARGUMENTS_OF_ANOTHER
 from ctseg.commands.slurm import slurm as slurm_command
 from ctseg.commands.train import train
@@ -71,7 +73,9 @@ for command in (
     finetune,
     validate,
     infer,
+    annotate,
     export,
+    serve,
     doctor,
     demo,
 ):

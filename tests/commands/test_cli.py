@@ -29,6 +29,7 @@ COMMANDS = (
     "infer",
     "slurm",
     "export",
+    "serve",
     "doctor",
     "demo",
     "finetune",
@@ -56,7 +57,7 @@ for arguments in json.load(sys.stdin):
             main()
         except SystemExit as stop:
             code = stop.code
-    heavy = {"torch", "monai", "SimpleITK", "onnxruntime", "matplotlib"} & sys.modules.keys() - known
+    heavy = {"torch", "monai", "SimpleITK", "onnxruntime", "matplotlib", "fastapi"} & sys.modules.keys() - known
     known |= heavy
     answers.append([code, out.getvalue(), err.getvalue(), sorted(heavy)])
 json.dump(answers, sys.stdout)
@@ -135,6 +136,16 @@ WRONG = {
     "labels empty --output masks --label liver": "--label liver: expected VALUE=PATTERN with a value in 1..255",
     "labels empty --output masks --label 1=liver --quiet": "no SEG or RTSTRUCT in empty",
     "infer ct.nii.gz --output masks --shard 3/2": "--shard 3/2: expected auto or I/N with I from 1 to N",
+    "serve": "Missing option '--studies'",
+    "serve --studies nowhere": "--studies nowhere: no such folder; name the folder of the images",
+    "serve --studies cts --host 0.0.0.0": "--host 0.0.0.0: others could read and write the studies; give a",
+    "serve --studies cts --token-file none.txt": "--token-file none.txt: cannot be read: No such file or directory",
+    "serve --studies cts --token-file ct.nii.gz": "--token-file ct.nii.gz: ",
+    "serve --studies cts --cors example.org": "--cors example.org: expected an origin such as https://viewer.example.org",
+    "serve --studies cts --tls-cert a.pem": "--tls-cert and --tls-key: https needs both",
+    "serve --studies cts --cache lots": "--cache: expected a size such as 12G or 800M, got 'lots'",
+    "serve --studies cts --model none.pt": "model 'none.pt': no such file or folder",
+    "serve --studies cts --port 70000": "Invalid value for '--port'",
     "train spleen --prepared ct.nii.gz": "--prepared ct.nii.gz: must be a folder, got a file",
     "export --format tflite": "Invalid value for '--format'",
     "export --model none.pt": "model 'none.pt': no such file or folder",

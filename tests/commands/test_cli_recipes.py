@@ -27,7 +27,8 @@ def test_card_shows_every_value_with_its_override(cli: Callable[..., Any]):
     assert lines["labels.1"] == "spleen"
     assert lines["lesions"] == "off"
     sections = [part for part in load_recipe("spleen").to_dict().values() if isinstance(part, dict)]
-    assert len(lines) == 3 + sum(map(len, sections)) + 1
+    assert lines["clicks"] == "off"
+    assert len(lines) == 3 + sum(map(len, sections)) + 2
 
 
 def test_card_shows_an_optional_section(cli: Callable[..., Any]):

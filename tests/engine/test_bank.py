@@ -264,16 +264,16 @@ def test_what_a_killed_process_of_the_same_id_left_does_not_matter(own_case, tin
 
 def test_a_case_made_by_another_process_meanwhile_is_accepted(own_case, tiny_recipe, tmp_path, monkeypatch) -> None:
     """Two trainings that start together prepare the same cases; the second one to finish must not fail."""
-    prepare_alone = bank.prepare
+    prepare_alone = bank.prepare_image
 
     def overtaken(*args):
-        monkeypatch.setattr(bank, "prepare", prepare_alone)
+        monkeypatch.setattr(bank, "prepare_image", prepare_alone)
         prepare_bank((own_case,), tiny_recipe, tmp_path, Silent())
         inode.append(case_folder(bank_folder(tmp_path, tiny_recipe), own_case).stat().st_ino)
         return prepare_alone(*args)
 
     inode: list[int] = []
-    monkeypatch.setattr(bank, "prepare", overtaken)
+    monkeypatch.setattr(bank, "prepare_image", overtaken)
     folder = prepare_bank((own_case,), tiny_recipe, tmp_path, Silent()).folder
     assert case_folder(folder, own_case).stat().st_ino == inode[0]  # whoever has opened it keeps it
     assert list(folder.iterdir()) == [case_folder(folder, own_case)]
@@ -350,13 +350,13 @@ def test_several_at_once_give_the_same_bits_as_one(tiny_manifest, tiny_recipe: R
 
 
 def test_each_case_has_one_thread(tiny_manifest, tiny_recipe: Recipe, tmp_path: Path, monkeypatch) -> None:
-    prepare_alone, seen = bank.prepare, []
+    prepare_alone, seen = bank.prepare_image, []
 
     def noted(*args):
         seen.append(torch.get_num_threads())
         return prepare_alone(*args)
 
-    monkeypatch.setattr(bank, "prepare", noted)
+    monkeypatch.setattr(bank, "prepare_image", noted)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:

@@ -25,6 +25,7 @@ from ctseg.commands.common import (
     QuietFlag,
     SeriesOption,
     TiltOption,
+    check_no_clicks,
     check_none_failed,
     emit,
     parse_bytes,
@@ -115,6 +116,7 @@ def infer(
         make_progress(quiet) as progress,
     ):
         loaded = load_model(path, runtime, backend, progress.note)
+        check_no_clicks(loaded.recipe, path)
         progress.note(f"model {path} on {runtime.describe()}, {loaded.backend}{', fast' if fast else ''}{_part(part)}")
         todo = [job for job in part.take(jobs) if overwrite or not job.is_done]
         plans = plan_run(
