@@ -1,0 +1,1 @@
+"""The annotation server: HTTP APIs and a web page."""
