@@ -5,7 +5,9 @@
  * `voxel` one in the file's own order, which is what the server takes.
  */
 
-const PLANES = { axial: 0, coronal: 1, sagittal: 2, all: 3 };
+const PLANES = ['axial', 'coronal', 'sagittal'];
+const BESIDE = [[0, 0, 0.62, 1], [0.625, 0, 0.375, 0.495], [0.625, 0.505, 0.375, 0.495]]; // left, top, width, height
+const BELOW = [[0, 0, 1, 0.62], [0, 0.63, 0.495, 0.37], [0.505, 0.63, 0.495, 0.37]];
 const NORMALS = [2, 1, 0]; // the axis of `shown` that each plane looks along
 const ACROSS = [[0, 1], [0, 2], [1, 2]]; // the axes of `shown` that run to the right and up in it
 
@@ -17,21 +19,21 @@ export async function openViewer(canvas) {
     interactive: false, // the page has its own mouse and keys
     backColor: [0, 0, 0, 1],
     crosshairColor: [0.3, 0.62, 1, 0.7],
-    crosshairWidth: 1.5,
+    crosshairWidth: 0.8,
     crosshairWidthUnit: 'mm',
     crosshairGap: 12,
     fontColor: [0.6, 0.65, 0.71, 1],
     fontSizeScaling: 0.3,
     isRadiologicalConvention: true,
     sagittalNoseLeft: true,
-    multiplanarShowRender: 0,
-    multiplanarPadPixels: 6,
     maxDrawUndoBitmaps: 0,
     loadingText: '',
   });
   await niivue.attachToCanvas(canvas, false);
   niivue.setDrawColormap({ R: [0, 255], G: [0, 82], B: [0, 70], A: [0, 255], I: [0, 1], labels: ['', 'mask'] });
-  return new Viewer(niivue, canvas);
+  const viewer = new Viewer(niivue, canvas);
+  viewer.setPlanes('all');
+  return viewer;
 }
 
 class Viewer {
@@ -69,8 +71,12 @@ class Viewer {
     this.niivue.updateGLVolume();
   }
 
+  /** Shows one plane by its name, or all three: the axial one large, the others where there is room. */
   setPlanes(name) {
-    this.niivue.setSliceType(PLANES[name]);
+    const isWide = this.canvas.clientWidth > this.canvas.clientHeight;
+    const all = (isWide ? BESIDE : BELOW).map((position, sliceType) => ({ sliceType, position }));
+    const one = { sliceType: PLANES.indexOf(name), position: [0, 0, 1, 1] };
+    this.niivue.setCustomLayout(name === 'all' ? all : [one]);
   }
 
   setOpacity(share) {
