@@ -72,7 +72,7 @@ def registry() -> str:
     named = [value for name, value in os.environ.items() if name.lower() == "npm_config_registry" and value]
     address = (named or _npmrc_registries() or [DEFAULT_REGISTRY])[-1].strip("\"' ").rstrip("/")
     if urlsplit(address).scheme not in ("http", "https"):
-        raise DownloadError(f"an npm registry is an http or https address, got '{address}'; set NPM_CONFIG_REGISTRY")
+        raise DownloadError("the npm registry is no http or https address; name one in NPM_CONFIG_REGISTRY")
     return address
 
 
@@ -86,17 +86,18 @@ def _npmrc_registries() -> list[str]:
 
 
 def _archive(url: str) -> bytes:
+    where = f"{urlsplit(url).hostname}/{ARCHIVE}"  # without a password that a registry's address may hold
     try:
         with urllib.request.urlopen(url, timeout=SILENCE_SECONDS) as response:
             content = _read(response, time.monotonic() + WHOLE_SECONDS)
     except urllib.error.HTTPError as error:
         error.close()
-        raise DownloadError(f"the npm registry answered {error.code} for {url}") from error
+        raise DownloadError(f"cannot fetch {where}: the npm registry answered {error.code}") from error
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
-        raise DownloadError(f"cannot fetch {url}: {reason or type(error).__name__}") from error
+        raise DownloadError(f"cannot fetch {where}: {reason or type(error).__name__}") from error
     if base64.b64encode(hashlib.sha512(content).digest()).decode() != ARCHIVE_SHA512:
-        raise DownloadError(f"{url} is not the archive that was tested: its SHA-512 differs")
+        raise DownloadError(f"{where} is not the archive that was tested: its SHA-512 differs")
     return content
 
 
@@ -108,6 +109,8 @@ def _read(response: http.client.HTTPResponse, deadline: float) -> bytes:
             raise ValueError(f"more than {MAX_BYTES >> 20} MiB")
         if time.monotonic() > deadline:
             raise TimeoutError(f"not whole after {WHOLE_SECONDS:.0f} s")
+    if response.length:
+        raise ValueError(f"the answer ended {response.length} bytes early")
     return bytes(content)
 
 

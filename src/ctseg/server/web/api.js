@@ -5,9 +5,10 @@ let asking = null;
 
 /** What the server, or the lack of one, has to say; `status` is 0 where it did not answer. */
 export class ApiError extends Error {
-  constructor(message, status) {
+  constructor(message, status, path) {
     super(message);
     this.status = status;
+    this.path = path;
   }
 }
 
@@ -33,7 +34,7 @@ async function send(method, path, body) {
     const token = sessionStorage.getItem(TOKEN);
     const response = await answer(method, path, body);
     if (response.ok) return response;
-    if (response.status !== 401) throw new ApiError(await reason(response), response.status);
+    if (response.status !== 401) throw new ApiError(await reason(response), response.status, path);
     // Another request may have asked in the meantime.
     if (token === sessionStorage.getItem(TOKEN)) await askToken(token !== null);
   }
@@ -46,7 +47,7 @@ async function answer(method, path, body) {
   try {
     return await fetch(path, { method, headers: { ...headers(), ...type }, body: content });
   } catch {
-    throw new ApiError('The server does not answer. Is ctseg serve still running?', 0);
+    throw new ApiError('The server does not answer. Is ctseg serve still running?', 0, path);
   }
 }
 
@@ -86,7 +87,7 @@ function showTokenDialog(wasWrong) {
     dialog.addEventListener('close', () => {
       const token = field.value.trim();
       field.value = '';
-      if (dialog.returnValue !== 'ok') return reject(new ApiError('Nothing can be done here without the token.', 401));
+      if (dialog.returnValue !== 'ok') return reject(new ApiError('Nothing can be done here without the token.', 401, ''));
       sessionStorage.setItem(TOKEN, token);
       return resolve();
     }, { once: true });

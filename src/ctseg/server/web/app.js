@@ -1,25 +1,22 @@
 /** The annotation page: opens images, sends clicks in their order, shows the mask, saves it. */
 
 import { bytes, forget, json } from './api.js';
-import { listen } from './controls.js';
+import { listen, listenDrop } from './controls.js';
+import * as panel from './panel.js';
 import { openViewer } from './viewer.js';
 
-const element = (id) => document.getElementById(id);
-const PRESETS = {
-  'Soft tissue': { level: 40, width: 400 },
-  Liver: { level: 70, width: 180 },
-  Mediastinum: { level: 40, width: 350 },
-  Lung: { level: -600, width: 1500 },
-  Bone: { level: 400, width: 1800 },
-  Brain: { level: 40, width: 80 },
-};
+const { element } = panel;
+const GONE = [404, 440]; // what the server answers of a session that it does not have
 
 const state = {
   viewer: null,
   models: [],
-  image: '', // its id
+  model: '', // the name of the chosen one
+  images: [],
+  image: '', // the id of the open one
   session: null,
   clicks: [], // {shown, voxel, positive}, also those on their way to the server
+  whole: null, // the label map of an automatic model, as a file
   unsaved: false,
 };
 let work = Promise.resolve();
@@ -29,79 +26,64 @@ let waiting = 0;
 function enqueue(text, task) {
   waiting += 1;
   work = work.then(async () => {
-    showBusy(text);
+    panel.showBusy(text);
     try {
       await task();
     } catch (problem) {
-      showError(problem.message);
+      if (problem.status !== undefined) panel.showError(problem.message);
+      else panel.showError(`Something went wrong in this page: ${problem.message}`);
+      if (GONE.includes(problem.status) && problem.path.startsWith('/api/sessions/')) forgetMask();
     }
     waiting -= 1;
-    if (!waiting) showBusy('');
+    if (!waiting) panel.showBusy('');
     render();
   });
   return work;
 }
 
-function showBusy(text) {
-  element('busy').hidden = !text;
-  element('busy').querySelector('span').textContent = text;
-  document.body.ariaBusy = String(Boolean(text));
-}
-
-function showError(text) {
-  element('error').hidden = !text;
-  element('error').querySelector('span').textContent = text;
-}
-
-function showStatus(text) {
-  element('status').textContent = text;
-}
-
 async function start() {
-  for (const name of Object.keys(PRESETS)) element('preset').add(new Option(name));
-  element('preset').add(new Option('Own', '', false, false));
+  panel.showPresets();
   wire();
   try {
     state.viewer = await openViewer(element('canvas'));
   } catch (problem) {
     element('empty').hidden = true;
     element('missing').hidden = !/import|module/i.test(problem.message);
-    showError(element('missing').hidden ? `The viewer cannot start: ${problem.message}` : '');
+    if (element('missing').hidden) panel.showError(`The viewer cannot start: ${problem.message}`);
     return;
   }
   listen(element('canvas'), state.viewer, actions, render);
   new ResizeObserver(() => requestAnimationFrame(render)).observe(element('canvas'));
-  await enqueue('Asking the server…', refreshLists);
+  await enqueue('Asking the server…', async () => {
+    state.models = await json('GET', '/api/models');
+    panel.showModels(state.models);
+    state.model = element('model').value;
+    await refreshImages();
+  });
 }
 
-async function refreshLists() {
-  const [models, images] = [await json('GET', '/api/models'), await json('GET', '/api/images')];
-  state.models = models;
-  fill(element('model'), models.map((model) => [model.name, model.name]), 'No model');
-  showImages(images);
+async function refreshImages() {
+  const answer = await json('GET', '/api/images');
+  state.images = answer.images;
+  panel.showImages(answer, state.image);
 }
 
-function showImages(images) {
-  const rows = images.map(({ id, labels }) => [id, labels.some(({ tag }) => tag === 'final') ? `${id} ✓` : id]);
-  fill(element('image'), [['', images.length ? 'Choose an image' : 'No image yet'], ...rows], '');
-  element('image').value = state.image;
-}
+const model = () => state.models.find(({ name }) => name === element('model').value);
+const takesClicks = () => model()?.kind === 'clicks';
 
-function fill(select, rows, empty) {
-  const chosen = select.value;
-  select.replaceChildren(...(rows.length ? rows : [['', empty]]).map(([value, text]) => new Option(text, value)));
-  if (rows.some(([value]) => value === chosen)) select.value = chosen;
+function mayLeave() {
+  return !state.unsaved || window.confirm('The mask is not saved. Go on without it?');
 }
 
 /** Ends what was being done on the open image. */
 function leave() {
   if (state.session) forget(`/api/sessions/${state.session}`);
-  Object.assign(state, { session: null, clicks: [], unsaved: false });
-  state.viewer.clearMask();
+  forgetMask();
 }
 
-function mayLeave() {
-  return !state.unsaved || window.confirm('The mask is not saved. Go on without it?');
+function forgetMask() {
+  Object.assign(state, { session: null, clicks: [], whole: null, unsaved: false });
+  state.viewer.clearMask();
 }
 
 async function openImage(id) {
@@ -111,13 +93,23 @@ async function openImage(id) {
   }
   leave();
   state.image = id;
+  panel.showStatus('');
   await enqueue('Loading the image…', async () => {
     if (state.image !== id) return;
     state.viewer.close();
-    if (id) await state.viewer.open(await bytes('GET', `/api/images/${encodeURIComponent(id)}/file`), chosenWindow());
-    showStatus('');
+    if (id) await state.viewer.open(await bytes('GET', `/api/images/${encodeURIComponent(id)}/file`), panel.chosenWindow());
     element('canvas').focus({ preventScroll: true });
   });
+}
+
+function chooseModel() {
+  if (mayLeave()) {
+    state.model = element('model').value;
+    leave();
+  } else {
+    element('model').value = state.model;
+  }
+  render();
 }
 
 async function upload(file) {
@@ -126,66 +118,56 @@ async function upload(file) {
   let added = null;
   await enqueue(`Sending ${file.name}…`, async () => {
     added = (await json('POST', '/api/images', form)).id;
-    showImages(await json('GET', '/api/images'));
+    await refreshImages();
   });
   if (added === null) return;
   element('image').value = added;
   await openImage(added);
 }
 
-function chosenModel() {
-  return state.models.find(({ name }) => name === element('model').value);
-}
-
-const takesClicks = () => chosenModel()?.type === 'deepgrow';
-
 function click(shown, positive) {
-  if (!state.image || !takesClicks()) {
-    showError('Choose a model that takes clicks first.');
+  if (!takesClicks()) {
+    panel.showError('This model takes no clicks; choose one that does.');
     return;
   }
-  const one = { shown, voxel: state.viewer.voxel(shown), positive };
   const { image } = state;
+  const { name } = model();
+  const one = { shown, voxel: state.viewer.voxel(shown), positive };
   state.clicks.push(one);
-  render();
   enqueue('Segmenting…', async () => {
-    if (state.image !== image || !state.clicks.includes(one)) return;
+    if (!state.clicks.includes(one)) return; // another image or model since then
     try {
-      state.session ??= (await json('POST', '/api/sessions', { image, model: element('model').value })).session;
+      state.session ??= (await json('POST', '/api/sessions', { image, model: name })).session;
       const path = `/api/sessions/${state.session}/clicks`;
-      await showMask(await bytes('POST', path, { position: one.voxel, positive, coordinates: 'voxel' }), image);
+      await showMask(await bytes('POST', path, { position: one.voxel, positive, coordinates: 'voxel' }), one);
     } catch (problem) {
       state.clicks = state.clicks.filter((other) => other !== one);
-      if (problem.status === 404 && state.session) endedSession();
       throw problem;
     }
   });
 }
 
-function endedSession() {
-  Object.assign(state, { session: null, clicks: [], unsaved: false });
-  state.viewer.clearMask();
-}
-
-async function showMask(buffer, image) {
-  if (state.image !== image) return;
-  await state.viewer.setMask(buffer);
+/** Shows what the server made of a click, unless that was left in the meantime. */
+async function showMask(mask, one) {
+  if (!state.clicks.includes(one)) return;
+  await state.viewer.setMask(mask);
   state.unsaved = true;
-  showError('');
+  panel.showStatus('');
+  panel.showError('');
 }
 
 function undo() {
   enqueue('Undoing…', async () => {
-    if (!state.clicks.length) return;
+    if (!state.session || !state.clicks.length) return;
     const mask = await bytes('POST', `/api/sessions/${state.session}/undo`);
     state.clicks.pop();
-    if (state.clicks.length) await showMask(mask, state.image);
+    if (state.clicks.length) await showMask(mask, state.clicks[0]);
     else clearMask();
   });
 }
 
 function reset() {
-  enqueue('Resetting…', async () => {
+  enqueue('Removing all clicks…', async () => {
     if (state.session) await bytes('POST', `/api/sessions/${state.session}/reset`);
     state.clicks = [];
     clearMask();
@@ -199,48 +181,57 @@ function clearMask() {
 
 function segment() {
   const { image } = state;
-  const model = element('model').value;
+  const { name } = model();
   enqueue('Segmenting the image…', async () => {
-    await showMask(await bytes('POST', '/api/segment', { image, model }), image);
+    const labels = await bytes('POST', '/api/segment', { image, model: name });
+    if (state.image !== image || model()?.name !== name) return;
+    await state.viewer.setMask(labels);
+    Object.assign(state, { whole: labels, unsaved: true });
+    panel.showError('');
   });
 }
 
 function save() {
-  const label = element('label').value.trim();
-  if (!label || !state.session) {
-    element('label').focus();
-    return;
-  }
+  if (state.whole) saveWhole();
+  else if (state.session && element('save-form').reportValidity()) saveStructure(element('label').value.trim());
+}
+
+function saveStructure(label) {
   enqueue('Saving…', async () => {
     await json('POST', `/api/sessions/${state.session}/save`, { label, tag: 'final' });
-    state.unsaved = false;
-    showStatus(`Saved “${label}” as the final label of ${state.image}.`);
-    showImages(await json('GET', '/api/images'));
+    await saved(`Saved “${label}” in the final label of ${state.image}.`);
   });
 }
 
-function chosenWindow() {
-  return { level: Number(element('level').value), width: Math.max(1, Number(element('width').value)) };
+function saveWhole() {
+  const isThere = state.images.some((image) => image.id === state.image && panel.hasFinal(image));
+  if (isThere && !window.confirm('This image has a final label already. Put it aside and save this one?')) return;
+  const form = new FormData();
+  form.append('file', new Blob([state.whole]), 'label.nii.gz');
+  enqueue('Saving…', async () => {
+    await json('PUT', `/api/images/${encodeURIComponent(state.image)}/labels/final`, form);
+    await saved(`Saved the final label of ${state.image}.`);
+  });
 }
 
-/** Shows a window and its numbers; the preset's name where it is one. */
-function setWindow({ level, width }) {
-  const preset = Object.entries(PRESETS).find(([, one]) => one.level === level && one.width === width);
-  element('preset').value = preset ? preset[0] : '';
-  element('level').value = level;
-  element('width').value = width;
-  state.viewer?.setWindow({ level, width });
+async function saved(text) {
+  state.unsaved = false;
+  panel.showStatus(text);
+  await refreshImages();
+}
+
+function setWindow(window) {
+  panel.showWindow(window);
+  state.viewer?.setWindow(window);
 }
 
 function nextPreset() {
-  const names = Object.keys(PRESETS);
-  setWindow(PRESETS[names[(names.indexOf(element('preset').value) + 1) % names.length]]);
+  const names = Object.keys(panel.PRESETS);
+  setWindow(panel.PRESETS[names[(names.indexOf(element('preset').value) + 1) % names.length]]);
 }
 
 function setPlanes(name) {
-  for (const button of document.querySelectorAll('[data-plane]')) {
-    button.ariaPressed = String(button.dataset.plane === name);
-  }
+  panel.showPlanes(name);
   state.viewer?.setPlanes(name);
   render();
 }
@@ -249,88 +240,63 @@ function toggleMask() {
   state.viewer.setOpacity(state.viewer.opacity ? 0 : Number(element('opacity').value) / 100);
 }
 
-function showHelp() {
-  element('help').showModal();
-}
-
 const actions = {
-  click, undo, reset, save, setPlanes, setWindow, chosenWindow, nextPreset, toggleMask, showHelp,
-  canUndo: () => state.clicks.length > 0,
+  click,
+  undo: () => state.clicks.length && undo(),
+  reset: () => state.clicks.length && reset(),
+  save: () => state.unsaved && save(),
+  setPlanes,
+  setWindow,
+  chosenWindow: panel.chosenWindow,
+  nextPreset,
+  toggleMask,
+  showHelp: () => element('help').showModal(),
 };
 
 /** Brings everything but the picture itself up to date. */
 function render() {
-  const isOpen = Boolean(state.viewer?.image);
-  element('empty').hidden = isOpen || !state.viewer || waiting > 0;
+  if (!state.viewer) return;
+  const isOpen = Boolean(state.viewer.image);
+  const canSave = state.unsaved && !waiting;
+  element('empty').hidden = isOpen || waiting > 0;
   element('undo').disabled = element('reset').disabled = !state.clicks.length;
-  element('save').disabled = !state.unsaved || !state.session;
-  element('segment').hidden = takesClicks() || !chosenModel();
-  element('segment').disabled = !isOpen;
-  element('how').hidden = !takesClicks();
-  element('clicks').replaceChildren(...state.clicks.map(clickRow));
-  element('marks').replaceChildren(...(isOpen ? state.viewer.places(state.clicks.map(({ shown }) => shown)) : []).map(mark));
-  element('location').textContent = isOpen ? location(state.viewer.crosshair) : '';
-}
-
-function clickRow({ voxel, positive }) {
-  const row = document.createElement('li');
-  const sign = document.createElement('b');
-  sign.className = positive ? 'plus' : 'minus';
-  sign.textContent = positive ? '+' : '−';
-  row.append(sign, voxel.join(', '));
-  return row;
-}
-
-function mark({ index, x, y }) {
-  const circle = document.createElementNS('http://www.w3.org/2000/svg', 'circle');
-  circle.setAttribute('cx', x);
-  circle.setAttribute('cy', y);
-  circle.setAttribute('r', 4.5);
-  circle.setAttribute('class', state.clicks[index].positive ? 'plus' : 'minus');
-  return circle;
-}
-
-function location(shown) {
-  const inside = state.viewer.isMasked(shown) ? ' · in the mask' : '';
-  return `Voxel ${state.viewer.voxel(shown).join(', ')} · ${Math.round(state.viewer.value(shown))} HU${inside}`;
+  element('save').disabled = !canSave;
+  element('label').disabled = Boolean(model()) && !takesClicks(); // the model's labels have names
+  element('segment').hidden = takesClicks() || !model();
+  element('segment').disabled = !isOpen || waiting > 0;
+  element('clicking').hidden = Boolean(model()) && !takesClicks();
+  panel.showClicks(state.clicks, isOpen ? state.viewer.places(state.clicks.map(({ shown }) => shown)) : []);
+  if (isOpen) panel.showLocation(state.viewer);
+  else element('location').textContent = '';
 }
 
 function wire() {
-  element('image').addEventListener('change', (event) => openImage(event.target.value));
-  element('upload-button').addEventListener('click', () => element('upload').click());
-  element('upload').addEventListener('change', ({ target }) => {
+  const on = (id, event, action) => element(id).addEventListener(event, action);
+  on('image', 'change', ({ target }) => openImage(target.value));
+  on('upload-button', 'click', () => element('upload').click());
+  on('upload', 'change', ({ target }) => {
     if (target.files.length) upload(target.files[0]);
     target.value = '';
   });
-  element('model').addEventListener('change', () => { leave(); render(); });
-  element('segment').addEventListener('click', segment);
-  element('undo').addEventListener('click', undo);
-  element('reset').addEventListener('click', reset);
-  element('save-form').addEventListener('submit', (event) => { event.preventDefault(); save(); });
-  element('preset').addEventListener('change', ({ target }) => setWindow(PRESETS[target.value] ?? chosenWindow()));
-  for (const id of ['level', 'width']) element(id).addEventListener('change', () => setWindow(chosenWindow()));
-  element('opacity').addEventListener('input', ({ target }) => state.viewer?.setOpacity(target.value / 100));
+  on('model', 'change', chooseModel);
+  on('segment', 'click', segment);
+  on('undo', 'click', undo);
+  on('reset', 'click', reset);
+  on('save-form', 'submit', (event) => {
+    event.preventDefault();
+    save();
+  });
+  on('preset', 'change', ({ target }) => setWindow(panel.PRESETS[target.value] ?? panel.chosenWindow()));
+  for (const id of ['level', 'width']) on(id, 'change', () => setWindow(panel.chosenWindow()));
+  on('opacity', 'input', ({ target }) => state.viewer?.setOpacity(target.value / 100));
   for (const button of document.querySelectorAll('[data-plane]')) {
     button.addEventListener('click', () => setPlanes(button.dataset.plane));
   }
-  element('help-button').addEventListener('click', showHelp);
-  element('error').querySelector('button').addEventListener('click', () => showError(''));
-  wireDrop();
-  window.addEventListener('beforeunload', (event) => { if (state.unsaved) event.preventDefault(); });
-  window.addEventListener('pagehide', () => { if (state.session) forget(`/api/sessions/${state.session}`); });
-}
-
-function wireDrop() {
-  const veil = element('drop');
-  window.addEventListener('dragover', (event) => { event.preventDefault(); veil.hidden = false; });
-  window.addEventListener('dragleave', (event) => { if (!event.relatedTarget) veil.hidden = true; });
-  window.addEventListener('drop', (event) => {
-    event.preventDefault();
-    veil.hidden = true;
-    const files = [...event.dataTransfer.files];
-    if (files.length === 1 && state.viewer) upload(files[0]);
-    else showError('Drop one NIfTI or NRRD file at a time.');
-  });
+  on('help-button', 'click', actions.showHelp);
+  element('error').querySelector('button').addEventListener('click', () => panel.showError(''));
+  listenDrop((file) => state.viewer && upload(file), panel.showError);
+  window.addEventListener('beforeunload', (event) => state.unsaved && event.preventDefault());
+  window.addEventListener('pagehide', () => state.session && forget(`/api/sessions/${state.session}`));
 }
 
 start();

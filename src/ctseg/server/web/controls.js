@@ -78,7 +78,7 @@ export function listen(canvas, viewer, actions, moved) {
     PageUp: () => viewer.scroll(planeUnderMouse(), 1),
     PageDown: () => viewer.scroll(planeUnderMouse(), -1),
     Enter: (event) => actions.click(viewer.crosshair, !event.shiftKey),
-    Delete: () => actions.canUndo() && actions.reset(),
+    Delete: () => actions.reset(),
     '+': () => viewer.zoom(1.15),
     '-': () => viewer.zoom(1 / 1.15),
     0: () => viewer.fit(),
@@ -90,7 +90,7 @@ export function listen(canvas, viewer, actions, moved) {
     m: () => actions.toggleMask(),
     '?': () => actions.showHelp(),
   };
-  const withControl = { z: () => actions.canUndo() && actions.undo(), s: () => actions.save() };
+  const withControl = { z: () => actions.undo(), s: () => actions.save() };
 
   function move(axis, step) {
     const shown = viewer.crosshair;
@@ -107,5 +107,24 @@ export function listen(canvas, viewer, actions, moved) {
     event.preventDefault();
     action(event);
     moved();
+  });
+}
+
+/** Calls `take` with a file that is dropped anywhere, or `refuse` with what to do instead. */
+export function listenDrop(take, refuse) {
+  const veil = document.getElementById('drop');
+  window.addEventListener('dragover', (event) => {
+    event.preventDefault();
+    veil.hidden = false;
+  });
+  window.addEventListener('dragleave', (event) => {
+    if (!event.relatedTarget) veil.hidden = true;
+  });
+  window.addEventListener('drop', (event) => {
+    event.preventDefault();
+    veil.hidden = true;
+    const files = [...event.dataTransfer.files];
+    if (files.length === 1) take(files[0]);
+    else refuse('Drop one NIfTI or NRRD file at a time.');
   });
 }

@@ -10,6 +10,14 @@ const BESIDE = [[0, 0, 0.62, 1], [0.625, 0, 0.375, 0.495], [0.625, 0.505, 0.375,
 const BELOW = [[0, 0, 1, 0.62], [0, 0.63, 0.495, 0.37], [0.505, 0.63, 0.495, 0.37]];
 const NORMALS = [2, 1, 0]; // the axis of `shown` that each plane looks along
 const ACROSS = [[0, 1], [0, 2], [1, 2]]; // the axes of `shown` that run to the right and up in it
+const COLOURS = { // of label values 1 to 6; others are red
+  R: [0, 255, 70, 255, 190, 60, 255],
+  G: [0, 82, 160, 200, 120, 200, 140],
+  B: [0, 70, 255, 60, 255, 120, 190],
+  A: [0, 255, 255, 255, 255, 255, 255],
+  I: [0, 1, 2, 3, 4, 5, 6],
+  labels: ['', '1', '2', '3', '4', '5', '6'],
+};
 
 /** The viewer on `canvas`; fails where the library is missing or the browser has no WebGL 2. */
 export async function openViewer(canvas) {
@@ -30,7 +38,7 @@ export async function openViewer(canvas) {
     loadingText: '',
   });
   await niivue.attachToCanvas(canvas, false);
-  niivue.setDrawColormap({ R: [0, 255], G: [0, 82], B: [0, 70], A: [0, 255], I: [0, 1], labels: ['', 'mask'] });
+  niivue.setDrawColormap(COLOURS);
   const viewer = new Viewer(niivue, canvas);
   viewer.setPlanes('all');
   return viewer;
@@ -244,7 +252,7 @@ function reorder(voxels, { dimsRAS, img2RASstart, img2RASstep }, target) {
     for (let y = 0; y < ny; y += 1) {
       let from = start + y * img2RASstep[1] + z * img2RASstep[2];
       for (let x = 0; x < nx; x += 1) {
-        target[to] = voxels[from] ? 1 : 0;
+        target[to] = voxels[from];
         to += 1;
         from += img2RASstep[0];
       }
