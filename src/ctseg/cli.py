@@ -31,6 +31,7 @@ from ctseg.commands.infer import infer
 from ctseg.commands.labels import labels
 from ctseg.commands.prepare_dataset import prepare_dataset
 from ctseg.commands.recipes import recipes
+from ctseg.commands.serve import serve
 from ctseg.commands.slurm import ARGUMENTS_OF_ANOTHER
 from ctseg.commands.slurm import slurm as slurm_command
 from ctseg.commands.train import train
@@ -72,6 +73,7 @@ for command in (
     validate,
     infer,
     export,
+    serve,
     doctor,
     demo,
 ):

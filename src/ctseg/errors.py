@@ -4,6 +4,7 @@
     |- RecipeError                a recipe file or a `--set` is wrong (all problems at once)
     |- ManifestError              a data list is wrong (all problems at once)
     |- ImageError                 a file is not a CT volume ctseg can trust
+    |- ClickError                 a click does not lie in the CT
     |- ModelError                 a checkpoint or an exported model cannot be used
     |- DeviceError                the machine lacks what was asked for
     |- DownloadError              a file cannot be fetched, or is not what it should be
@@ -34,6 +35,10 @@ class ManifestError(CtsegError):
 
 class ImageError(CtsegError):
     """A file is not a CT volume that can be trusted."""
+
+
+class ClickError(CtsegError):
+    """A click does not lie in the CT, or is not a place."""
 
 
 class ModelError(CtsegError):

@@ -11,12 +11,17 @@ from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ctseg.recipe import Recipe
-from ctseg.specs import AHNetSpec, NetworkSpec, SegResNetSpec, UNetSpec
+from ctseg.specs import AHNetSpec, BasicUNetSpec, NetworkSpec, SegResNetSpec, UNetSpec
 
 
 def build_network(spec: NetworkSpec, in_channels: int, out_channels: int) -> nn.Module:
     """A network `[B, in_channels, X, Y, Z]` -> `[B, out_channels, X, Y, Z]`; fresh weights, torch's current seed."""
-    builders: dict[type, Callable[..., nn.Module]] = {UNetSpec: _unet, AHNetSpec: _ahnet, SegResNetSpec: _segresnet}
+    builders: dict[type, Callable[..., nn.Module]] = {
+        UNetSpec: _unet,
+        AHNetSpec: _ahnet,
+        SegResNetSpec: _segresnet,
+        BasicUNetSpec: _basic_unet,
+    }
     return builders[type(spec)](spec, in_channels, out_channels)
 
 
@@ -64,9 +69,24 @@ def _segresnet(spec: SegResNetSpec, in_channels: int, out_channels: int) -> nn.M
     return network
 
 
+def _basic_unet(spec: BasicUNetSpec, in_channels: int, out_channels: int) -> nn.Module:
+    from ctseg.slices import BasicUNet, SliceUNet
+
+    kind = SliceUNet if spec.dimensions == 2 else BasicUNet
+    network: nn.Module = kind(spec.dimensions, in_channels, out_channels, spec.features)
+    return network
+
+
 def network_for(recipe: Recipe) -> nn.Module:
-    """The recipe's network: one CT channel in, one score for each class out (background first)."""
-    return build_network(recipe.network, in_channels=1, out_channels=recipe.num_classes)
+    """The recipe's network: a CT in, one score for each class out (background first); with clicks see `Recipe`."""
+    return build_network(recipe.network, recipe.input_channels, recipe.output_channels)
+
+
+def channels_last(network: nn.Module) -> nn.Module:
+    """The network with its weights in the order of memory that suits 3D or 2D convolutions."""
+    is_2d = any(parameter.ndim == 4 for parameter in network.parameters())
+    layout = torch.channels_last if is_2d else torch.channels_last_3d
+    return network.to(memory_format=layout)  # type: ignore[call-overload,no-any-return]  # stubs lack it
 
 
 def fold_for_inference(network: nn.Module) -> nn.Module:

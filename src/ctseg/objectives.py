@@ -30,6 +30,8 @@ Reduce = Callable[[Tensor], Tensor]
 class SegmentationLoss:
     """Dice, or Dice plus cross entropy, of softmax scores: `loss(logits_BCXYZ, labels_B1XYZ)` is a scalar.
 
+    A single score is the foreground's, that of the background is 0: softmax of both is the sigmoid.
+
     With `reduce`, value and denominators are those of all processes' patches together, while the gradient is that of
     this process's own patches: the sum of gradients over processes is the gradient of the whole batch's loss.
     """
@@ -38,7 +40,7 @@ class SegmentationLoss:
 
     def __call__(self, logits: Tensor, labels: Tensor, reduce: Reduce = lambda sums: sums) -> Tensor:
         """The loss as float32."""
-        sums_of = _two_class_sums if logits.shape[1] == 2 else _class_sums
+        sums_of = _two_class_sums if logits.shape[1] <= 2 else _class_sums
         overlap_BC, volume_BC, cross_entropy = sums_of(logits, labels, self.spec.squared_pred)
         if not self.spec.include_background:
             overlap_BC, volume_BC = overlap_BC[:, 1:], volume_BC[:, 1:]
@@ -77,7 +79,7 @@ def _class_sums(logits: Tensor, labels: Tensor, squared: bool) -> Sums:
 
 def _two_class_sums(logits: Tensor, labels: Tensor, squared: bool) -> Sums:
     """As `_class_sums`, in a third of the time: two scores are one sigmoid of their difference."""
-    difference = logits[:, 1].float() - logits[:, 0].float()
+    difference = logits[:, -1].float() - logits[:, 0].float() if logits.shape[1] == 2 else logits[:, 0].float()
     sums: Sums = _SigmoidSums.apply(difference, labels[:, 0].float(), squared)  # type: ignore[no-untyped-call]
     return sums
 

@@ -18,6 +18,8 @@ from typing import Any
 from ctseg.errors import RecipeError, list_problems
 from ctseg.specs import (
     Augmentation,
+    BasicUNetSpec,
+    ClicksSpec,
     CodeSpec,
     Data,
     DiceCESpec,
@@ -64,6 +66,8 @@ class Recipe:
     inference: Inference
     lesions: LesionSpec | None = None
     """Where given, `validate` also scores every lesion."""
+    clicks: ClicksSpec | None = None
+    """Where given, the network is told by clicks what to segment, and any organ is the one structure."""
     codes: dict[str, CodeSpec] | None = None
     """Name of a structure -> what it is, for DICOM outputs; a label of another name is told by its name only."""
 
@@ -82,21 +86,63 @@ class Recipe:
         patience, interval = self.training.early_stop_epochs, self.training.validation_interval_epochs
         if patience is not None and patience < interval:
             yield f"training.early_stop_epochs: must hold a validation, which comes every {interval}, got {patience}"
-        multiple = self.network.size_multiple
         for key, size in (
             ("sampling.patch_size", self.sampling.patch_size),
             ("inference.window_size", self.inference.window_size),
         ):
-            if any(n % multiple for n in size):
-                yield f"{key}: every size must be a multiple of {multiple} (the network's strides), got {list(size)}"
+            yield from self._check_size(key, size)
+        if self.clicks is not None:
+            yield from self._check_clicks()
         size = self.sampling.patch_size
         if self.augmentation.rotate90_probability and size[0] != size[1]:
             yield f"sampling.patch_size: quarter turns need x = y, got {list(size)}; or set rotate90_probability = 0"
+
+    def _check_size(self, key: str, size: tuple[int, int, int]) -> Iterator[str]:
+        multiple = self.network.size_multiple
+        if self.is_2d and size[2] != 1:
+            yield f"{key}: a network with 2 dimensions takes one slice, so the third size must be 1, got {list(size)}"
+        if any(n % multiple for n in (size[:2] if self.is_2d else size)):
+            yield f"{key}: every size must be a multiple of {multiple} (the network's strides), got {list(size)}"
+
+    def _check_clicks(self) -> Iterator[str]:
+        """What a recipe with clicks must have, and must not."""
+        if len(self.labels) != 1:
+            yield f"labels: a recipe with clicks has one structure, whatever is clicked on, got {len(self.labels)}"
+        if self.objective.include_background:
+            yield "objective.include_background: clicks have one score, the foreground's; set it to false"
+        if self.sampling.positive_fraction != 1:
+            got = self.sampling.positive_fraction
+            yield f"sampling.positive_fraction: clicks need 1, as something is clicked on, got {got:g}"
+        if self.sampling.patch_size != self.inference.window_size:
+            yield "inference.window_size: must be sampling.patch_size, as clicks are trained on what is seen"
+        for key, unwanted in (
+            ("preprocess.binarize_labels", self.preprocess.binarize_labels),
+            ("preprocess.crop_foreground", self.preprocess.crop_foreground),
+        ):
+            if unwanted:
+                yield f"{key}: not in a recipe with clicks, which takes organs one by one; set it to false"
+        if self.lesions is not None:
+            yield "lesions: not in a recipe with clicks; remove the table"
+
+    @property
+    def is_2d(self) -> bool:
+        """True of a network that sees single slices."""
+        return isinstance(self.network, BasicUNetSpec) and self.network.dimensions == 2
 
     @property
     def num_classes(self) -> int:
         """Labels and background."""
         return len(self.labels) + 1
+
+    @property
+    def input_channels(self) -> int:
+        """The CT, and with clicks the maps of positive and of negative ones."""
+        return 1 if self.clicks is None else 3
+
+    @property
+    def output_channels(self) -> int:
+        """A score for each class; with clicks only the foreground's."""
+        return self.num_classes if self.clicks is None else 1
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `recipe_from_dict` reads back."""

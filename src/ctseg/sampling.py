@@ -7,6 +7,7 @@ patches are cut and shifted on the device that holds the case: no step waits for
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,12 +16,29 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from ctseg.regions import Region, inside, region_size
 from ctseg.specs import Augmentation, Sampling
 
-ORDER, PATCHES, NETWORK = range(3)
-"""Purposes of random streams: order of cases, patches and augmentation, the network's own (dropout)."""
+ORDER, PATCHES, NETWORK, CLICKS, VALIDATION_CLICKS = range(5)
+"""Purposes of random streams: order of cases, patches and augmentation, the network's own (dropout), clicks."""
 
 Start = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Organ:
+    """The one structure of a case that is the label, where clicks say which: see `engine.samples`.
+
+    Attributes:
+        value: In the case's label map.
+        low, high: The corners of its box, in voxels.
+        margin: Voxels around it that a patch which does not hold it is grown by.
+    """
+
+    value: int
+    low: Start
+    high: Start
+    margin: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +51,7 @@ class CaseArrays:
         host_image, host_label: The same as NumPy arrays (memory-mapped), for drawing positions.
         foreground: int32 flat indices (C order) of voxels with a label above 0.
         weight: How often the case is drawn, in relation to the others.
+        organ: Where given, label is what has its value, and `foreground` holds its voxels only.
     """
 
     name: str
@@ -42,6 +61,7 @@ class CaseArrays:
     host_label: NDArray[np.uint8]
     foreground: NDArray[np.int32]
     weight: float = 1.0
+    organ: Organ | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +71,7 @@ class Draw:
     Attributes:
         flips: Which of x, y, z are mirrored.
         turns: Quarter turns in the x-y plane, after the flips.
+        size: Of the box that is cut, where it is another than the patch's and resampled to that.
     """
 
     case: int
@@ -58,6 +79,7 @@ class Draw:
     shift: float = 0.0
     flips: tuple[bool, bool, bool] = (False, False, False)
     turns: int = 0
+    size: Start | None = None
 
 
 def generator(seed: int, purpose: int, *position: int) -> np.random.Generator:
@@ -98,7 +120,8 @@ def draw_step(
 def _draw(
     index: int, case: CaseArrays, sampling: Sampling, augmentation: Augmentation, rng: np.random.Generator
 ) -> Draw:
-    start = draw_start(case, sampling, rng)
+    region = None if case.organ is None else draw_region(case, case.organ, sampling, rng)
+    start = draw_start(case, sampling, rng) if region is None else region.start
     shifted, turned, *flipped = rng.random(5)
     offset, turns = rng.uniform(-augmentation.shift_offset, augmentation.shift_offset), int(rng.integers(1, 4))
     flip_x, flip_y, flip_z = (bool(value < augmentation.flip_probability) for value in flipped)
@@ -108,6 +131,7 @@ def _draw(
         shift=float(offset) if shifted < augmentation.shift_probability else 0.0,
         flips=(flip_x, flip_y, flip_z),
         turns=turns if turned < augmentation.rotate90_probability else 0,
+        size=None if region is None or region.size == sampling.patch_size else region.size,
     )
 
 
@@ -123,6 +147,19 @@ def draw_start(case: CaseArrays, sampling: Sampling, rng: np.random.Generator) -
     limits = zip(centre, sampling.patch_size, case.host_label.shape, strict=True)
     x, y, z = (int(min(max(c - size // 2, 0), max(length - size, 0))) for c, size, length in limits)
     return x, y, z
+
+
+def draw_region(case: CaseArrays, organ: Organ, sampling: Sampling, rng: np.random.Generator) -> Region:
+    """A region that holds the whole organ, around one of its voxels as nearly as that allows."""
+    shape = _triple(case.host_label.shape)
+    size = region_size(organ.low, organ.high, sampling.patch_size, organ.margin)
+    flat = int(case.foreground[rng.integers(len(case.foreground))])
+    centre = np.unravel_index(flat, shape)
+    start = [
+        int(min(max(c - n // 2, last + 1 - n), first))
+        for c, n, first, last in zip(centre, size, organ.low, organ.high, strict=True)
+    ]
+    return Region(inside(start, size, shape), size)
 
 
 def _background_voxel(case: CaseArrays, rng: np.random.Generator, tries: int = 64, rounds: int = 64) -> int:
@@ -150,13 +187,38 @@ def cut_batch(
     label = torch.empty(shape, dtype=torch.uint8, device=home, pin_memory=travels)
     for n, draw in enumerate(draws):
         case = cases[draw.case]
-        image[n, 0].copy_(_turn(cut_patch(case.image_XYZ, draw.start, sampling.patch_size), draw))
-        label[n, 0].copy_(_turn(cut_patch(case.label_XYZ, draw.start, sampling.patch_size), draw))
+        region = Region(draw.start, draw.size or sampling.patch_size)
+        image[n, 0].copy_(_turn(cut_region(case.image_XYZ, region, sampling.patch_size), draw))
+        label[n, 0].copy_(_turn(_cut_label(case, region, sampling.patch_size), draw))
     image_B1XYZ = image.to(device, non_blocking=True).float()
     for n, draw in enumerate(draws):
         if draw.shift:
             image_B1XYZ[n] += draw.shift
     return image_B1XYZ, label.to(device, non_blocking=True)
+
+
+def _cut_label(case: CaseArrays, region: Region, window: Start) -> Tensor:
+    if case.organ is None:
+        return cut_region(case.label_XYZ, region, window)
+    label_XYZ = cut_patch(case.label_XYZ, _triple(max(n, 0) for n in region.start), region.size) == case.organ.value
+    return _resized(label_XYZ.to(torch.uint8), window, "nearest-exact")
+
+
+def cut_region(values_XYZ: Tensor, region: Region, window: Start) -> Tensor:
+    """The values in a region, padded with zeros, in linear interpolation on the window's grid if that is another."""
+    patch_XYZ = cut_patch(values_XYZ, _triple(max(n, 0) for n in region.start), region.size)
+    return patch_XYZ if region.size == window else _resized(patch_XYZ.float(), window, "trilinear")
+
+
+def _resized(patch_XYZ: Tensor, size: Start, mode: str) -> Tensor:
+    return (
+        patch_XYZ if patch_XYZ.shape == size else functional.interpolate(patch_XYZ[None, None], size, mode=mode)[0, 0]
+    )
+
+
+def _triple(values: Iterable[int]) -> Start:
+    x, y, z = values
+    return x, y, z
 
 
 def _turn(patch_XYZ: Tensor, draw: Draw) -> Tensor:

@@ -53,17 +53,23 @@ class Preprocess:
 
     spacing_mm: tuple[Positive, Positive, Positive]
     hu_window: tuple[float, float]
-    """HU mapped to 0 and 1; outside is clipped."""
+    """HU mapped to 0 and 1; outside is clipped, unless `clip` is off."""
     crop_foreground: bool
     """Training cases are cropped to the box of voxels above 0 after windowing."""
     binarize_labels: bool = False
     """Every label value above 0 counts as 1; only for recipes with one structure."""
+    clip: bool = True
+    """Off: values outside the window go on below 0 and above 1 in the same line."""
+    keep_slice_spacing: bool = False
+    """Along the body's axis a CT keeps its own spacing, and the third number of `spacing_mm` is not used."""
 
     def check(self) -> Iterator[str]:
         """Problems beyond those of single values, as "key: text"."""
         low, high = self.hu_window
         if low >= high:
             yield f"hu_window: the first value must be below the second, got [{low:g}, {high:g}]"
+        if self.crop_foreground and not self.clip:
+            yield "crop_foreground: needs a window that is clipped, as the box holds what is above 0; set it to false"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +138,23 @@ class SegResNetSpec:
         return int(2 ** (len(self.blocks_down) - 1))
 
 
-NetworkSpec = UNetSpec | AHNetSpec | SegResNetSpec
+@dataclass(frozen=True, kw_only=True)
+class BasicUNetSpec:
+    """MONAI's BasicUNet: five levels of two convolutions each, no residuals (Falk et al. 2019)."""
+
+    kind: Literal["basic_unet"]
+    features: tuple[Channels, Channels, Channels, Channels, Channels, Channels]
+    """Of the five levels, and of the last one before the scores."""
+    dimensions: Literal[2, 3]
+    """With 2 every slice across the z axis goes through the network by itself."""
+
+    @property
+    def size_multiple(self) -> int:
+        """A window's size along each axis that the network sees must be a multiple of this: four halvings."""
+        return 16
+
+
+NetworkSpec = UNetSpec | AHNetSpec | SegResNetSpec | BasicUNetSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +181,7 @@ class Augmentation:
 
 @dataclass(frozen=True, kw_only=True)
 class DiceSpec:
-    """MONAI's DiceLoss on softmax scores."""
+    """MONAI's DiceLoss on softmax scores; on the sigmoid where the network has a single score."""
 
     kind: Literal["dice"]
     squared_pred: bool
@@ -275,3 +297,17 @@ class LesionSpec:
         limits = self.volume_limits_ml
         if list(limits) != sorted(set(limits)):
             yield f"volume_limits_ml: every border must be above the one before it, got {list(limits)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClicksSpec:
+    """A network that segments what a person clicks on (Sakinis et al. 2019, arXiv:1903.08205); see `clicks.py`."""
+
+    num_clicks: Annotated[int, Range(at_least=1, at_most=1000)]
+    """Rounds of simulated clicks for each training step, and clicks in validation."""
+    sigma_voxels: Annotated[float, Range(above=0, at_most=64)]
+    """Of the Gaussian around each click."""
+    margin_voxels: Annotated[int, Range(at_least=0, at_most=512)]
+    """Around clicks and organs that do not fit a window together: the window then holds them and this, shrunk."""
+    min_voxels: Count
+    """Smaller organs, in 2D smaller sections of them, are not trained or validated on."""

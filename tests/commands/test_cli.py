@@ -29,6 +29,7 @@ COMMANDS = (
     "infer",
     "slurm",
     "export",
+    "serve",
     "doctor",
     "demo",
     "finetune",
@@ -56,7 +57,7 @@ for arguments in json.load(sys.stdin):
             main()
         except SystemExit as stop:
             code = stop.code
-    heavy = {"torch", "monai", "SimpleITK", "onnxruntime", "matplotlib"} & sys.modules.keys() - known
+    heavy = {"torch", "monai", "SimpleITK", "onnxruntime", "matplotlib", "fastapi"} & sys.modules.keys() - known
     known |= heavy
     answers.append([code, out.getvalue(), err.getvalue(), sorted(heavy)])
 json.dump(answers, sys.stdout)

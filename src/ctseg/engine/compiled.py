@@ -153,8 +153,9 @@ def _fastest(sha256: str, others: list[str], opened: Callable[[str], Compiled], 
         return str(kept.about["fastest"])
     if not can_keep():
         return "torch"
-    window = opened("torch").recipe.inference.window_size
-    image_BCXYZ = torch.rand((1, 1, *window), generator=torch.Generator().manual_seed(0))
+    recipe = opened("torch").recipe
+    shape = (1, recipe.input_channels, *recipe.inference.window_size)
+    image_BCXYZ = torch.rand(shape, generator=torch.Generator().manual_seed(0))
     wanted = opened("torch").forward(image_BCXYZ)
     tolerance = TOLERANCE[runtime.precision] * float(wanted.abs().max())
     same = [name for name in others if _largest_error(opened, name, image_BCXYZ, wanted) <= tolerance]

@@ -71,8 +71,8 @@ def _fits(recipe: Recipe, runtime: Runtime, patches: int) -> bool:
     try:
         trainer = Trainer.fresh(recipe, runtime)
         for _ in range(2):  # the second has the optimizer's state in memory from the start
-            image = torch.rand(patches, 1, *recipe.sampling.patch_size, device=runtime.device)
-            label = torch.zeros(image.shape, dtype=torch.uint8, device=runtime.device)
+            image = torch.rand(patches, recipe.input_channels, *recipe.sampling.patch_size, device=runtime.device)
+            label = torch.zeros((patches, 1, *recipe.sampling.patch_size), dtype=torch.uint8, device=runtime.device)
             with runtime.autocast():
                 scores = trainer.network(image.contiguous(memory_format=torch.channels_last_3d))
             trainer.scaler.scale(build_loss(recipe.objective)(scores, label)).backward()  # type: ignore[no-untyped-call]

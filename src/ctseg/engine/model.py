@@ -18,7 +18,7 @@ from ctseg.engine.checkpoint import file_sha256, read_checkpoint
 from ctseg.engine.compiled import check_backend, compiled_network
 from ctseg.engine.runtime import Runtime
 from ctseg.errors import DeviceError, ModelError
-from ctseg.networks import fold_for_inference, network_for
+from ctseg.networks import channels_last, fold_for_inference, network_for
 from ctseg.recipe import RECIPE_ENTRY, Recipe, recipe_from_dict
 
 Reader = Callable[[Path, Runtime], tuple[Recipe, Forward]]
@@ -77,7 +77,7 @@ def load_model(
 
 def forward_of(network: nn.Module, runtime: Runtime) -> Forward:
     """The network in evaluation mode, channels last, in the runtime's precision."""
-    network.eval().to(runtime.device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # stubs lack it
+    channels_last(network.eval()).to(runtime.device)
 
     def forward(image_BCXYZ: Tensor) -> Tensor:
         with torch.inference_mode(), runtime.autocast():

@@ -20,7 +20,7 @@ from ctseg.engine.parallel import globalise
 from ctseg.engine.runtime import Runtime
 from ctseg.engine.weights import check_freeze
 from ctseg.errors import ModelError
-from ctseg.networks import network_for, tune_for_training
+from ctseg.networks import channels_last, network_for, tune_for_training
 from ctseg.objectives import build_optimizer
 from ctseg.recipe import Recipe, recipe_from_dict
 
@@ -58,7 +58,7 @@ class Trainer:
         """A training at its first step; the weights follow from the recipe's seed."""
         torch.manual_seed(recipe.training.seed)
         network = tune_for_training(globalise(network_for(recipe), runtime), runtime.device)
-        network.to(runtime.device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # stubs lack it
+        channels_last(network).to(runtime.device)
         for name in check_freeze(recipe.training.freeze, network):
             network.get_parameter(name).requires_grad_(False)
         scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.amp_dtype is torch.float16)

@@ -35,12 +35,18 @@ class Backend(Protocol):
 
 
 def one_by_one(run: Forward, window: Window) -> Forward:
-    """`run`, which takes one window of one channel, for any number of them."""
+    """`run`, which takes one window, for any number of them."""
 
     def forward(image_BCXYZ: Tensor) -> Tensor:
-        assert image_BCXYZ.shape[1:] == (1, *window), f"compiled for windows of {window}, got {image_BCXYZ.shape}"
+        assert image_BCXYZ.shape[2:] == window, f"compiled for windows of {window}, got {image_BCXYZ.shape}"
         if len(image_BCXYZ) == 1:
             return run(image_BCXYZ)
         return torch.cat([run(image_CXYZ.unsqueeze(0)) for image_CXYZ in image_BCXYZ])
 
     return forward
+
+
+def example_of(network: nn.Module, window: Window) -> Tensor:
+    """An empty window with as many channels as the network's first convolution takes."""
+    first = next(parameter for parameter in network.parameters() if parameter.ndim >= 4)
+    return torch.zeros((1, first.shape[1], *window))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ctseg.engine.backends import Forward, Window, one_by_one
+from ctseg.engine.backends import Forward, Window, example_of, one_by_one
 from ctseg.engine.runtime import Runtime
 
 LIBRARY = "onnxruntime"
@@ -20,7 +20,7 @@ OPSET = 18
 def compile_network(network: nn.Module, window: Window, runtime: Runtime) -> bytes:
     """The network as ONNX."""
     network.eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # stubs lack it
-    content: bytes = to_onnx(network, torch.zeros((1, 1, *window))).SerializeToString()
+    content: bytes = to_onnx(network, example_of(network, window)).SerializeToString()
     return content
 
 

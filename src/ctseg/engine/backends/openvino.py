@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ctseg.engine.backends import Forward, Window, one_by_one
+from ctseg.engine.backends import Forward, Window, example_of, one_by_one
 from ctseg.engine.backends.torchscript import trace
 from ctseg.engine.runtime import Runtime
 
@@ -27,7 +27,7 @@ def compile_network(network: nn.Module, window: Window, runtime: Runtime) -> byt
     frontend = FrontEndManager().load_by_framework("pytorch")
     decoder = TorchScriptPythonDecoder(trace(network, window, torch.contiguous_format))  # must outlive the conversion
     model = frontend.convert(frontend.load(decoder))
-    model.reshape([1, 1, *window])
+    model.reshape(list(example_of(network, window).shape))
     compiled = openvino.Core().compile_model(model, "CPU", _settings(runtime))
     content: bytes = compiled.export_model().getvalue()
     return content

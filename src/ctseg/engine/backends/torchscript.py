@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ctseg.engine.backends import Forward, Window, one_by_one
+from ctseg.engine.backends import Forward, Window, example_of, one_by_one
 from ctseg.engine.runtime import Runtime
+from ctseg.networks import channels_last
 
 LIBRARY = "torch"
 PRECISIONS: tuple[str, ...] = ("float32", "bfloat16")
@@ -23,7 +24,7 @@ LAYOUT = torch.channels_last_3d
 
 def compile_network(network: nn.Module, window: Window, runtime: Runtime) -> bytes:
     """The network as TorchScript for windows of this size."""
-    network.eval().to(memory_format=LAYOUT)  # type: ignore[call-overload]  # stubs lack it
+    channels_last(network.eval())
     buffer = io.BytesIO()
     with runtime.autocast():
         _quietly(torch.jit.save, trace(network, window, LAYOUT), buffer)
@@ -44,7 +45,7 @@ def load(content: bytes, window: Window, runtime: Runtime) -> Forward:
 
 def trace(network: nn.Module, window: Window, layout: torch.memory_format) -> torch.jit.ScriptModule:
     """The network as a frozen graph for one window of this size."""
-    example = torch.zeros((1, 1, *window)).contiguous(memory_format=layout)
+    example = example_of(network, window).contiguous(memory_format=layout)
     with torch.inference_mode():
         traced = _quietly(torch.jit.trace, network, example, check_trace=False)
         frozen: torch.jit.ScriptModule = _quietly(torch.jit.freeze, traced)

@@ -1,0 +1,173 @@
+"""What stands before every request: who may ask, how much and how slowly, and one line of log with an id.
+
+Plain ASGI: a disconnect must reach those who wait for the model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+import secrets
+import time
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ctseg.server.settings import Settings, is_loopback
+
+LOG = logging.getLogger("ctseg.server")
+SILENCE_SECONDS = 30.0
+"""Between two parts of a request's body."""
+BODY_SECONDS = 600.0
+"""For the whole body."""
+OPEN_PATHS = ("/", "/auth/", "/auth/token")
+"""What may be had without a token: the page itself and how to get one; files of the page are recognised by suffix."""
+PAGE_SUFFIXES = (".html", ".js", ".css", ".svg", ".txt", ".ico", ".png", ".woff2")
+API_PREFIXES = ("/api", "/info", "/infer", "/session", "/datastore", "/activelearning", "/train", "/batch", "/model")
+HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-frame-options", b"DENY"),
+    (b"cache-control", b"no-store"),
+)
+
+
+class _Refused(Exception):
+    """The request is at its end; the answer has been sent."""
+
+
+class Guard:
+    """Checks a request, then lets `app` answer it."""
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self._app = app
+        self._settings = settings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request; anything but HTTP is passed on or closed."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+        elif scope["type"] == "http":
+            await self._answer(scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request_id, started, status = secrets.token_hex(6), time.perf_counter(), 0
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def told(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                given = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
+                present = {name.lower() for name, _ in given}
+                message = {**message, "headers": given + [pair for pair in HEADERS if pair[0] not in present]}
+            await send(message)
+
+        problem = _problem(self._settings, scope)
+        try:
+            if problem is not None:
+                await _refuse(told, *problem)
+            else:
+                await self._app(scope, _Body(self._settings, receive, told), told)
+        except _Refused:
+            pass
+        except Exception:
+            LOG.exception("request %s: failed", request_id)
+            if status:
+                raise  # too late for an answer: the connection is closed
+            await _refuse(told, 500, f"an error in the server; its log tells of request {request_id}")
+        finally:
+            route = getattr(scope.get("route"), "path", "-")  # the path itself may hold a patient's name
+            seconds = time.perf_counter() - started
+            LOG.info("request %s: %s %s %s %.3f s", request_id, scope["method"], route, status or "gone", seconds)
+
+
+class _Body:
+    """`receive`, with limits on the size and the slowness of what comes."""
+
+    def __init__(self, settings: Settings, receive: Receive, send: Send) -> None:
+        self._settings = settings
+        self._receive = receive
+        self._send = send
+        self._num_bytes = 0
+        self._whole = False
+        self._deadline = time.monotonic() + BODY_SECONDS
+
+    async def __call__(self) -> Message:
+        if self._whole:
+            return await self._receive()
+        seconds = min(SILENCE_SECONDS, self._deadline - time.monotonic())
+        try:
+            message = await asyncio.wait_for(self._receive(), max(seconds, 0.001))
+        except asyncio.TimeoutError as error:  # not the built-in one before Python 3.11
+            await _refuse(self._send, 408, "the body of the request came too slowly; send it again")
+            raise _Refused from error
+        if message["type"] == "http.request":
+            self._num_bytes += len(message.get("body", b""))
+            self._whole = not message.get("more_body", False)
+            if self._num_bytes > self._settings.max_upload_bytes:
+                await _refuse(self._send, 413, _too_large(self._settings))
+                raise _Refused
+        else:
+            self._whole = True
+        return message
+
+
+def _problem(settings: Settings, scope: Scope) -> tuple[int, str] | None:
+    """Why the request is refused before its body is read: a status and a reason."""
+    headers = Headers(scope=scope)
+    length = headers.get("content-length", "0")
+    if not length.isdecimal():
+        return 400, "content-length: expected a number"
+    if int(length) > settings.max_upload_bytes:
+        return 413, _too_large(settings)
+    if settings.token is None and is_loopback(settings.host) and not is_loopback(_host_name(headers.get("host", ""))):
+        return 400, "host: this server answers to 127.0.0.1 and localhost only; another --host needs a token"
+    origin = headers.get("origin")
+    if origin is not None and not _is_own(origin, headers) and origin not in settings.cors_origins:
+        return 403, "origin: web pages of other servers may not use this one; --cors ORIGIN allows one"
+    if settings.token is not None and scope["method"] != "OPTIONS" and not _is_open(scope["path"]):
+        given = headers.get("authorization", "")
+        scheme, _, token = given.partition(" ")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(token.strip().encode(), settings.token.encode()):
+            return 401, "this server asks for a token: send the header 'Authorization: Bearer TOKEN'"
+    return None
+
+
+def _too_large(settings: Settings) -> str:
+    return f"the request is larger than {settings.max_upload_bytes} bytes, the most that is taken"
+
+
+def _host_name(host: str) -> str:
+    return urlsplit(f"//{host}").hostname or "" if _is_host(host) else ""
+
+
+def _is_host(host: str) -> bool:
+    try:
+        return urlsplit(f"//{host}").netloc == host
+    except ValueError:
+        return False
+
+
+def _is_own(origin: str, headers: Headers) -> bool:
+    """True of a request from the server's own page."""
+    return origin.partition("://")[2] == headers.get("host")
+
+
+def _is_open(path: str) -> bool:
+    return path in OPEN_PATHS or (path.endswith(PAGE_SUFFIXES) and not path.startswith(API_PREFIXES))
+
+
+async def _refuse(send: Send, status: int, reason: str) -> None:
+    content = json.dumps({"detail": reason}).encode()
+    headers: list[Any] = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
+    if status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    if status in (408, 413):
+        headers.append((b"connection", b"close"))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": content})

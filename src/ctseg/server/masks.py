@@ -1,0 +1,59 @@
+"""Masks as the bytes of a file, on their way to a client."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ctseg.io import itk, nifti
+from ctseg.io.images import read_image, read_labels
+from ctseg.server.problems import Invalid
+from ctseg.volume import Geometry, Volume
+
+_WRITERS: dict[str, Callable[[Path, Volume], None]] = {
+    ".nii.gz": partial(nifti.write, compressed=True),
+    ".nii": partial(nifti.write, compressed=False),
+    ".nrrd": itk.write_nrrd,
+}
+MEDIA_TYPES = {".nii.gz": "application/gzip", ".nii": "application/octet-stream", ".nrrd": "application/octet-stream"}
+
+
+def mask_bytes(mask: NDArray[np.uint8], geometry: Geometry, suffix: str = ".nii.gz") -> bytes:
+    """The file of a label map, in the format of `suffix`.
+
+    Raises:
+        Invalid: if the suffix is not one of MEDIA_TYPES.
+    """
+    return volume_bytes(Volume(mask, geometry), suffix)
+
+
+def volume_bytes(volume: Volume, suffix: str = ".nii.gz") -> bytes:
+    """The file of a volume, in the format of `suffix`; nothing of it stays on the disk.
+
+    Raises:
+        Invalid: if the suffix is not one of MEDIA_TYPES.
+    """
+    if suffix not in _WRITERS:
+        raise Invalid(f"result_extension: expected one of {', '.join(_WRITERS)}, got {suffix[:20]!r}")
+    with tempfile.TemporaryDirectory(prefix="ctseg-mask-") as folder:
+        path = Path(folder) / f"mask{suffix}"
+        _WRITERS[suffix](path, volume)
+        return path.read_bytes()
+
+
+def mask_of_bytes(content: bytes) -> NDArray[np.uint8]:
+    """The label map that `mask_bytes` made `.nii.gz` bytes of."""
+    with tempfile.TemporaryDirectory(prefix="ctseg-mask-") as folder:
+        path = Path(folder) / "mask.nii.gz"
+        path.write_bytes(content)
+        return read_labels(path).array
+
+
+def nifti_bytes(image: Path) -> bytes:
+    """A CT file of any format as `.nii.gz`."""
+    return volume_bytes(read_image(image))

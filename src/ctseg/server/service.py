@@ -1,0 +1,204 @@
+"""What every API of the server rests on: models, images, and the work that is done with them."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+
+from ctseg.clicks import Click
+from ctseg.engine.model import Model
+from ctseg.engine.predict import predict
+from ctseg.engine.session import prepare_for_clicks, segment_prepared, voxel_of
+from ctseg.io.images import read_geometry, read_image
+from ctseg.preprocess import Prepared
+from ctseg.server.cache import ByteCache
+from ctseg.server.datastore import Datastore
+from ctseg.server.problems import Invalid, NotHere, TooLarge
+from ctseg.server.sessions import Sessions
+from ctseg.server.settings import Settings
+from ctseg.server.worker import ModelWorker
+from ctseg.volume import Geometry, Volume
+
+MAX_CLICKS = 256
+"""In one session; a person gives up long before."""
+
+
+@dataclass(frozen=True, eq=False)
+class Served:
+    """A model under the name that clients know it by."""
+
+    name: str
+    model: Model
+
+    @property
+    def takes_clicks(self) -> bool:
+        """True of Deepgrow; others segment by themselves."""
+        return self.model.recipe.clicks is not None
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """Name -> value in the masks of a model that segments by itself; empty for clicks, which name nothing."""
+        return {} if self.takes_clicks else {name: int(value) for value, name in self.model.recipe.labels.items()}
+
+    @property
+    def dimensions(self) -> int:
+        """2 or 3."""
+        return 2 if self.model.recipe.is_2d else 3
+
+
+@dataclass(frozen=True, eq=False)
+class Segmentation:
+    """A mask and its grid."""
+
+    mask: NDArray[np.uint8]
+    geometry: Geometry
+
+
+@dataclass
+class ClickSession:
+    """An image that someone clicks on; the mask is that of the last click, as `.nii.gz`."""
+
+    image: str
+    path: Path
+    model: str
+    clicks: tuple[Click, ...] = ()
+    mask: bytes = b""
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while a click is answered: clicks count in the order they came."""
+
+
+@dataclass(frozen=True)
+class Upload:
+    """An image that a client has sent for a session of its own; its folder goes with the session."""
+
+    path: Path
+
+
+@dataclass(eq=False)
+class Service:
+    """One server's state; everything in it may be used by several requests at once."""
+
+    settings: Settings
+    datastore: Datastore
+    models: dict[str, Served]
+    worker: ModelWorker
+    cache: ByteCache
+    scratch: Path
+    click_sessions: Sessions[ClickSession] = field(init=False)
+    uploads: Sessions[Upload] = field(init=False)
+
+    def __post_init__(self) -> None:
+        limits = (self.settings.session_seconds, self.settings.max_sessions)
+        self.click_sessions = Sessions(*limits)
+        self.uploads = Sessions(*limits, on_remove=lambda upload: shutil.rmtree(upload.path.parent, ignore_errors=True))
+
+    def model(self, name: str, *, takes_clicks: bool | None = None) -> Served:
+        """The model of that name.
+
+        Raises:
+            NotHere: if there is none.
+            Invalid: if it does not do what is asked for.
+        """
+        served = self.models.get(name)
+        if served is None:
+            raise NotHere(f"model {name[:80]!r}: not served here; there is {', '.join(self.models)}")
+        if takes_clicks is not None and takes_clicks != served.takes_clicks:
+            does = "segments by clicks" if served.takes_clicks else "segments without clicks"
+            raise Invalid(f"model '{name}': {does}; choose another one")
+        return served
+
+    def check_size(self, path: Path) -> Geometry:
+        """The grid of an image that is not too large.
+
+        Raises:
+            TooLarge: if it has more voxels than the server takes.
+        """
+        geometry = read_geometry(path)
+        voxels = math.prod(geometry.size)
+        if voxels > self.settings.max_voxels:
+            raise TooLarge(f"image: at most {self.settings.max_voxels} voxels, got {voxels}; crop it")
+        return geometry
+
+    def volume(self, path: Path) -> Volume:
+        """The CT in a file, from memory if it is there and the file has not changed."""
+        self.check_size(path)
+        return self.cache.get(("image", *_version(path)), lambda: read_image(path), lambda v: v.array.nbytes)
+
+    async def segment(self, request: Request | None, served: Served, path: Path) -> Segmentation:
+        """The mask of a model that segments by itself, when its turn comes."""
+        volume = await run_in_threadpool(self.volume, path)
+
+        def work(check: Callable[[], None]) -> NDArray[np.uint8]:
+            return predict(served.model, volume, lambda *_: check())
+
+        return Segmentation(await self.worker.run(request, work), volume.geometry)
+
+    async def segment_clicks(
+        self, request: Request | None, served: Served, path: Path, clicks: Sequence[Click]
+    ) -> Segmentation:
+        """The mask of these clicks, in voxels of the image, when its turn comes.
+
+        Raises:
+            ClickError: if one lies outside the image.
+        """
+        geometry = await run_in_threadpool(self.check_size, path)
+        for click in clicks:
+            voxel_of(click.point, geometry)
+        key = ("prepared", served.name, *_version(path))
+        volume = None if key in self.cache else await run_in_threadpool(self.volume, path)
+
+        def prepare() -> Prepared:
+            return prepare_for_clicks(served.model, volume if volume is not None else self.volume(path))
+
+        def num_bytes(prepared: Prepared) -> int:
+            return prepared.image_XYZ.nbytes
+
+        def work(_: object) -> NDArray[np.uint8]:
+            return segment_prepared(served.model, self.cache.get(key, prepare, num_bytes), clicks)
+
+        return Segmentation(await self.worker.run(request, work), geometry)
+
+    def close(self) -> None:
+        """Ends all work and removes what was only here for a time."""
+        self.worker.close()
+        self.click_sessions.clear()
+        self.uploads.clear()
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        self.datastore.close()
+
+
+def open_service(settings: Settings, models: Sequence[tuple[str, Model]]) -> Service:
+    """A service with these models, whose names become unique.
+
+    Raises:
+        CtsegError: if the studies folder is not to be had.
+    """
+    served: dict[str, Served] = {}
+    for name, model in models:
+        unique = name if name not in served else f"{name}-{sum(key.startswith(name) for key in served) + 1}"
+        served[unique] = Served(unique, model)
+    names = {value: name for one in reversed(served.values()) for name, value in one.labels.items()}
+    return Service(
+        settings=settings,
+        datastore=Datastore(settings.studies, names),
+        models=served,
+        worker=ModelWorker(settings.max_waiting),
+        cache=ByteCache(settings.cache_bytes),
+        scratch=Path(tempfile.mkdtemp(prefix="ctseg-serve-")),
+    )
+
+
+def _version(path: Path) -> tuple[str, int, int]:
+    """Changes when the file does."""
+    status = path.stat()
+    return str(path), status.st_mtime_ns, status.st_size
