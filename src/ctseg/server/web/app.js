@@ -52,7 +52,8 @@ async function start() {
     if (element('missing').hidden) panel.showError(`The viewer cannot start: ${problem.message}`);
     return;
   }
-  listen(element('canvas'), state.viewer, actions, render);
+  state.viewer.drawn = render;
+  listen(element('canvas'), state.viewer, actions);
   new ResizeObserver(() => requestAnimationFrame(render)).observe(element('canvas'));
   await enqueue('Asking the server…', async () => {
     state.models = await json('GET', '/api/models');
@@ -98,6 +99,7 @@ async function openImage(id) {
     if (state.image !== id) return;
     state.viewer.close();
     if (id) await state.viewer.open(await bytes('GET', `/api/images/${encodeURIComponent(id)}/file`), panel.chosenWindow());
+    element('canvas').dataset.image = id;
     element('canvas').focus({ preventScroll: true });
   });
 }
@@ -233,7 +235,6 @@ function nextPreset() {
 function setPlanes(name) {
   panel.showPlanes(name);
   state.viewer?.setPlanes(name);
-  render();
 }
 
 function toggleMask() {
@@ -265,7 +266,7 @@ function render() {
   element('segment').hidden = takesClicks() || !model();
   element('segment').disabled = !isOpen || waiting > 0;
   element('clicking').hidden = Boolean(model()) && !takesClicks();
-  panel.showClicks(state.clicks, isOpen ? state.viewer.places(state.clicks.map(({ shown }) => shown)) : []);
+  panel.showClicks(state.clicks, state.viewer);
   if (isOpen) panel.showLocation(state.viewer);
   else element('location').textContent = '';
 }

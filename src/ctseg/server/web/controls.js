@@ -3,8 +3,8 @@
 const CLICK_PIXELS = 4; // a mouse that moved further was dragging
 const NOTCH_PIXELS = 100; // of a wheel that tells pixels
 
-/** Calls `actions` for what is done on `canvas`, and `moved` when the picture has. */
-export function listen(canvas, viewer, actions, moved) {
+/** Calls `viewer` and `actions` for what is done on `canvas`. */
+export function listen(canvas, viewer, actions) {
   let press = null; // where the button went down: {x, y, button, at, dragged}
   let pointer = null; // the last place of the mouse over the picture
   let wheel = 0;
@@ -27,7 +27,6 @@ export function listen(canvas, viewer, actions, moved) {
     press.dragged ||= Math.hypot(x, y) > CLICK_PIXELS;
     if (!press.dragged) return;
     drag(event, x, y);
-    moved();
   });
 
   function drag(event, x, y) {
@@ -48,7 +47,6 @@ export function listen(canvas, viewer, actions, moved) {
       const positive = press.button === 0 && !event.shiftKey;
       viewer.moveTo(shown);
       if (!event.ctrlKey && !event.metaKey) actions.click(shown, positive);
-      moved();
     }
     press = null;
   });
@@ -64,7 +62,6 @@ export function listen(canvas, viewer, actions, moved) {
     if (!notches) return;
     if (event.ctrlKey) viewer.zoom(1.15 ** -notches, at.shown);
     else viewer.scroll(at.plane, -notches);
-    moved();
   }, { passive: false });
 
   const planeUnderMouse = () => (pointer && viewer.at(pointer.x, pointer.y)?.plane) ?? 0;
@@ -106,7 +103,6 @@ export function listen(canvas, viewer, actions, moved) {
     if (!action || !viewer.image || isElsewhere || event.altKey || document.querySelector('dialog[open]')) return;
     event.preventDefault();
     action(event);
-    moved();
   });
 }
 

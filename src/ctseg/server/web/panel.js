@@ -1,5 +1,7 @@
 /** What the page shows around the picture. */
 
+const CROSS_GAP = 16; // pixels between the middle of the crosshair and its lines
+
 export const element = (id) => document.getElementById(id);
 
 export const PRESETS = {
@@ -69,10 +71,11 @@ export function showPlanes(name) {
   }
 }
 
-/** Lists clicks, and marks them in the planes that show their voxel. */
-export function showClicks(clicks, places) {
+/** Lists clicks, marks them in the planes that show their voxel, and draws the crosshair. */
+export function showClicks(clicks, viewer) {
   element('clicks').replaceChildren(...clicks.map(clickRow));
-  element('marks').replaceChildren(...places.map(({ index, x, y }) => mark(clicks[index].positive, x, y)));
+  const marks = viewer.places(clicks.map(({ shown }) => shown)).map(({ index, x, y }) => mark(clicks[index].positive, x, y));
+  element('marks').replaceChildren(...viewer.crosses().flatMap(cross), ...marks);
 }
 
 function clickRow({ voxel, positive }) {
@@ -85,10 +88,21 @@ function clickRow({ voxel, positive }) {
 }
 
 function mark(positive, x, y) {
-  const circle = document.createElementNS('http://www.w3.org/2000/svg', 'circle');
-  const attributes = { cx: x, cy: y, r: 4.5, class: positive ? 'plus' : 'minus' };
-  for (const [name, value] of Object.entries(attributes)) circle.setAttribute(name, value);
-  return circle;
+  return drawn('circle', { cx: x, cy: y, r: 4.5, class: positive ? 'plus' : 'minus' });
+}
+
+/** Four lines that leave the middle free. */
+function cross({ x, y, left, top, right, bottom }) {
+  const ends = [
+    [left, y, x - CROSS_GAP, y], [x + CROSS_GAP, y, right, y], [x, top, x, y - CROSS_GAP], [x, y + CROSS_GAP, x, bottom],
+  ];
+  return ends.filter(([x1, y1, x2, y2]) => x2 > x1 || y2 > y1).map(([x1, y1, x2, y2]) => drawn('line', { x1, y1, x2, y2 }));
+}
+
+function drawn(kind, attributes) {
+  const shape = document.createElementNS('http://www.w3.org/2000/svg', kind);
+  for (const [name, value] of Object.entries(attributes)) shape.setAttribute(name, value);
+  return shape;
 }
 
 export function showLocation(viewer) {

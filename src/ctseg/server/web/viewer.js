@@ -26,10 +26,7 @@ export async function openViewer(canvas) {
     logLevel: 'error',
     interactive: false, // the page has its own mouse and keys
     backColor: [0, 0, 0, 1],
-    crosshairColor: [0.3, 0.62, 1, 0.7],
-    crosshairWidth: 0.8,
-    crosshairWidthUnit: 'mm',
-    crosshairGap: 12,
+    crosshairWidth: 0, // the page draws its own, which does not grow with the zoom
     fontColor: [0.6, 0.65, 0.71, 1],
     fontSizeScaling: 0.3,
     isRadiologicalConvention: true,
@@ -41,6 +38,7 @@ export async function openViewer(canvas) {
   niivue.setDrawColormap(COLOURS);
   const viewer = new Viewer(niivue, canvas);
   viewer.setPlanes('all');
+  viewer.setOpacity(viewer.opacity);
   return viewer;
 }
 
@@ -50,6 +48,20 @@ class Viewer {
     this.canvas = canvas;
     this.opacity = 0.4;
     this.masked = false;
+    this.drawn = () => {}; // called when the picture has changed
+    this.frame = 0;
+    this.rewindow = false;
+  }
+
+  /** Draws once, however much has changed, when the browser is ready for it. */
+  draw() {
+    this.frame ||= requestAnimationFrame(() => {
+      this.frame = 0;
+      if (this.rewindow) this.niivue.updateGLVolume();
+      this.rewindow = false;
+      this.niivue.drawScene();
+      this.drawn();
+    });
   }
 
   /** The open image, or undefined. */
@@ -76,7 +88,8 @@ class Viewer {
     if (!this.image) return;
     this.image.cal_min = level - width / 2;
     this.image.cal_max = level + width / 2;
-    this.niivue.updateGLVolume();
+    this.rewindow = true;
+    this.draw();
   }
 
   /** Shows one plane by its name, or all three: the axial one large, the others where there is room. */
@@ -85,12 +98,14 @@ class Viewer {
     const all = (isWide ? BESIDE : BELOW).map((position, sliceType) => ({ sliceType, position }));
     const one = { sliceType: PLANES.indexOf(name), position: [0, 0, 1, 1] };
     this.niivue.setCustomLayout(name === 'all' ? all : [one]);
+    this.drawn();
   }
 
   setOpacity(share) {
     this.opacity = share;
-    this.niivue.drawRimOpacity = share && Math.min(1, share * 2);
+    this.niivue.drawRimOpacity = Math.min(1, share * 2);
     this.niivue.setDrawOpacity(share);
+    this.drawn();
   }
 
   /** Lays a mask on the image: a NIfTI file on the same grid, bytes, gzipped or not. */
@@ -100,13 +115,15 @@ class Viewer {
     if (!this.masked) this.niivue.createEmptyDrawing();
     this.masked = true;
     reorder(voxels, this.image, this.niivue.drawBitmap);
-    this.setOpacity(this.opacity);
-    this.niivue.refreshDrawing(true);
+    this.niivue.refreshDrawing(false);
+    this.draw();
   }
 
   clearMask() {
-    this.niivue.closeDrawing();
+    if (!this.masked) return;
     this.masked = false;
+    this.niivue.closeDrawing();
+    this.draw();
   }
 
   /** Whether a voxel belongs to the mask. */
@@ -138,7 +155,7 @@ class Viewer {
     const counts = this.image.dimsRAS.slice(1, 4);
     const inside = shown.map((index, axis) => Math.min(counts[axis] - 1, Math.max(0, index)));
     this.niivue.scene.crosshairPos = inside.map((index, axis) => (index + 0.5) / counts[axis]);
-    this.niivue.drawScene();
+    this.draw();
   }
 
   /** Moves the crosshair by `steps` voxels along the axis that `plane` looks along. */
@@ -172,7 +189,7 @@ class Viewer {
     const fixed = this.#millimetres(shown);
     const moved = [0, 1, 2].map((axis) => view[axis] + (view[3] - after) * fixed[axis]);
     this.niivue.scene.pan2Dxyzmm = after === 1 ? [0, 0, 0, 1] : [...moved, after];
-    this.niivue.drawScene();
+    this.draw();
   }
 
   /** Moves the picture in one plane by so many pixels of the page. */
@@ -184,32 +201,47 @@ class Viewer {
     view[right] += (view[3] * x * this.#ratio() * slice.fovMM[0]) / width;
     view[up] -= (view[3] * y * this.#ratio() * slice.fovMM[1]) / height;
     this.niivue.scene.pan2Dxyzmm = view;
-    this.niivue.drawScene();
+    this.draw();
   }
 
   fit() {
     this.niivue.scene.pan2Dxyzmm = [0, 0, 0, 1];
-    this.niivue.drawScene();
+    this.draw();
   }
 
-  /** Where voxels lie on the canvas (CSS pixels), in each plane whose slice shows them. */
+  /** Where voxels lie on the page's canvas, in each plane whose slice shows them: {index, x, y}. */
   places(shownVoxels) {
     if (!this.image) return [];
-    const crosshair = this.crosshair;
-    return this.niivue.screenSlices.filter((slice) => slice.axCorSag < 3).flatMap((slice) => shownVoxels.flatMap((shown, index) => {
+    const { crosshair } = this;
+    return this.#slices().flatMap((slice) => shownVoxels.flatMap((shown, index) => {
       const normal = NORMALS[slice.axCorSag];
-      return shown[normal] === crosshair[normal] ? this.#place(shown, slice, index) : [];
+      const place = shown[normal] === crosshair[normal] ? this.#place(shown, slice) : null;
+      return place ? [{ index, ...place }] : [];
     }));
   }
 
-  #place(shown, slice, index) {
+  /** Where the crosshair lies in each plane, and the plane's edges: {x, y, left, top, right, bottom}. */
+  crosses() {
+    if (!this.image) return [];
+    const { crosshair } = this;
+    return this.#slices().flatMap((slice) => {
+      const place = this.#place(crosshair, slice);
+      const [x1, y1, width, height] = slice.leftTopWidthHeight.map((length) => length / this.#ratio());
+      const edges = { left: Math.min(x1, x1 + width), right: Math.max(x1, x1 + width), top: y1, bottom: y1 + height };
+      return place ? [{ ...place, ...edges }] : [];
+    });
+  }
+
+  #slices() {
+    return this.niivue.screenSlices.filter((slice) => slice.axCorSag < PLANES.length);
+  }
+
+  #place(shown, slice) {
     const mm = this.#millimetres(shown);
     const [right, up] = ACROSS[slice.axCorSag].map((axis, n) => (mm[axis] - slice.leftTopMM[n]) / slice.fovMM[n]);
-    if (Math.min(right, up) < 0 || Math.max(right, up) > 1) return [];
+    if (Math.min(right, up) < 0 || Math.max(right, up) > 1) return null;
     const [left, top, width, height] = slice.leftTopWidthHeight; // a mirrored plane has a negative width
-    const [x, y] = [left + right * width, top + (1 - up) * height];
-    const ratio = this.#ratio();
-    return [{ index, x: x / ratio, y: y / ratio }];
+    return { x: (left + right * width) / this.#ratio(), y: (top + (1 - up) * height) / this.#ratio() };
   }
 
   #millimetres(shown) {
