@@ -211,3 +211,58 @@ def test_clicks_undo_and_saving(opened: Callable[..., Page], marked: Path) -> No
     page.wait()
     assert page.red_pixels() == 0
     assert page.clicks() == []
+
+
+def test_what_goes_wrong_is_told_in_words(opened: Callable[..., Page], marked: Path, tmp_path: Path) -> None:
+    page = opened(allowed="Failed to load resource")  # the browser's own words on each 4xx
+    broken = tmp_path / "broken.nii.gz"
+    broken.write_bytes(b"not an image")
+    page.page.locator("#image option[value='lps']").wait_for(state="attached")
+    page.page.set_input_files("#upload", broken)
+    assert "must be gzip data" in page.error()
+    page.page.click("#error button")
+    write_marked_ct(tmp_path / "new.nii.gz", *GRIDS["air"])
+    page.page.set_input_files("#upload", tmp_path / "new.nii.gz")
+    page.page.locator("#canvas[data-image='new']").wait_for()
+    assert (marked / "new.nii.gz").read_bytes() == (tmp_path / "new.nii.gz").read_bytes()
+    page.page.locator("#canvas").press("Enter")
+    page.wait()
+    assert len(page.clicks()) == 1
+    page.live.service.click_sessions.clear()
+    page.page.locator("#canvas").press("Enter")
+    assert "session" in page.error()
+    assert page.page.locator("#clicks li").count() == 0
+    page.page.locator("#canvas").press("Enter")  # begins another one
+    page.wait()
+    assert len(page.clicks()) == 1
+
+
+def test_a_token_is_asked_for_and_kept_in_the_tab_only(opened: Callable[..., Page], marked: Path) -> None:
+    page = opened(allowed="status of 401", token="a-long-secret-token")
+    for token in ("not-the-right-one", "a-long-secret-token"):
+        page.page.locator("#token-dialog[open]").wait_for()
+        page.page.fill("#token", token)
+        page.page.keyboard.press("Enter")
+    page.open("lps")
+    stored = "() => [Object.values(sessionStorage), Object.values(localStorage), document.cookie]"
+    assert page.page.evaluate(stored) == [["a-long-secret-token"], [], ""]
+
+
+def test_a_model_without_clicks_segments_and_its_labels_are_saved(opened: Callable[..., Page], marked: Path) -> None:
+    page = opened()
+    page.open("one")
+    page.page.select_option("#model", "spleen")
+    page.page.click("#segment")
+    page.wait()
+    assert page.red_pixels() > 100
+    page.page.click("#save")
+    page.page.locator("#status", has_text="Saved").wait_for()
+    assert read_labels(marked / "labels" / "final" / "one.nii.gz").array.any()
+
+
+def test_without_its_viewer_the_page_says_how_to_get_it(opened: Callable[..., Page], browser: Any) -> None:
+    page = opened(allowed="status of 404")
+    page.page.route("**/vendor/*", lambda route: route.fulfill(status=404))
+    page.page.reload()
+    page.page.locator("#missing").wait_for(state="visible")
+    assert "python -m ctseg.server.viewer" in page.page.locator("#missing").inner_text()

@@ -1,6 +1,6 @@
 /** The annotation page: opens images, sends clicks in their order, shows the mask, saves it. */
 
-import { bytes, forget, json } from './api.js';
+import { bytes, forget, json } from './requests.js';
 import { listen, listenDrop } from './controls.js';
 import * as panel from './panel.js';
 import { openViewer } from './viewer.js';
