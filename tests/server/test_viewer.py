@@ -98,14 +98,14 @@ def test_an_archive_with_another_file_is_refused(
         viewer.bring_viewer(tmp_path)
 
 
-def test_the_registry_is_that_of_the_environment_then_of_npmrc(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_registry_is_that_of_the_environment_then_of_npmrc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.lower() == "npm_config_registry"]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert viewer.registry() == "https://registry.npmjs.org"
-    (tmp_path / ".npmrc").write_text("fund=false\n@some:registry=https://no.example\nregistry = https://npm.example/a/\n")
+    (tmp_path / ".npmrc").write_text(
+        "fund=false\n@some:registry=https://no.example\nregistry = https://npm.example/a/\n"
+    )
     assert viewer.registry() == "https://npm.example/a"
     monkeypatch.setenv("npm_config_registry", "http://other.example")
     assert viewer.registry() == "http://other.example"
@@ -128,7 +128,9 @@ def test_without_a_registry_one_line_says_so(tmp_path: Path) -> None:
 
 def test_a_wheel_is_built_without_a_registry_too(tmp_path: Path) -> None:
     """From a copy of the sources that has no viewer: a warning, and the page without it."""
-    tracked = subprocess.run(["git", "ls-files", "-coz", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True)
+    tracked = subprocess.run(
+        ["git", "ls-files", "-coz", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True
+    )
     for name in filter(None, tracked.stdout.decode().split("\0")):
         if name.split("/")[0] in ("src", "data", "pyproject.toml", "hatch_build.py", "README.md", "LICENSE"):
             target = tmp_path / "source" / name

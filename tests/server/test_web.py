@@ -1,5 +1,6 @@
 """The annotation page in a real browser: what is seen is what is clicked, and what is saved."""
 
+import gzip
 import io
 import shutil
 from collections.abc import Callable, Iterator
@@ -68,6 +69,7 @@ class Page:
 
     def __init__(self, browser: Any, live: Any) -> None:
         self.live = live
+        self.allowed = ""
         self.context = browser.new_context(viewport={"width": 960, "height": 600})
         self.page = self.context.new_page()
         self.complaints: list[str] = []
@@ -166,7 +168,9 @@ def test_a_click_in_any_plane_is_the_voxel_under_the_mouse(opened: Callable[...,
         assert f"Voxel {', '.join(map(str, marker_of(size)))} · 1000 HU" in page.page.locator("#location").inner_text()
         page.page.click("#undo")
         page.wait()
-        places = page.bright_places()  # the crosshair is at the marker now: all three planes show it
+        page.page.keyboard.press("+")
+        page.page.wait_for_timeout(100)
+        places = page.bright_places()  # the crosshair is at the marker now: all three planes show it, larger
         assert len(places) == 3, name
         for place in places:
             page.page.mouse.click(*place)
@@ -197,14 +201,14 @@ def test_clicks_undo_and_saving(opened: Callable[..., Page], marked: Path) -> No
     page.page.click("#undo")
     page.wait()
     assert [positive for _, positive in page.clicks()] == [True]
-    (entry,) = page.live.service.click_sessions._entries.items()
-    mask = nibabel.Nifti1Image.from_bytes(__import__("gzip").decompress(entry[1].content.mask))
+    (session,) = page.live.service.click_sessions._entries.values()
+    mask = np.asarray(nibabel.Nifti1Image.from_bytes(gzip.decompress(session.content.mask)).dataobj)
     page.page.fill("#label", "left kidney")
     page.page.click("#save")
     page.page.locator("#status", has_text="Saved “left kidney”").wait_for()
     saved = read_labels(marked / "labels" / "final" / "spl.nii.gz")
-    assert np.asarray(mask.dataobj).any()
-    assert np.array_equal(saved.array > 0, np.asarray(mask.dataobj) > 0)
+    assert mask.any()
+    assert np.array_equal(saved.array > 0, mask > 0)
     page.wait()
     assert page.page.locator("#image option:checked").inner_text() == "spl ✓"
     page.page.click("#reset")
