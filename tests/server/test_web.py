@@ -106,9 +106,12 @@ class Page:
         return int(((red > green + 0.1) & (red > blue + 0.1)).sum())
 
     def clicks(self) -> list[tuple[tuple[int, ...], bool]]:
-        """What the server knows of."""
+        """What the server knows of, which is what the page lists."""
         (entry,) = self.live.service.click_sessions._entries.values()
-        return [(tuple(one.point), one.positive) for one in entry.content.clicks]
+        clicks = [(tuple(one.point), one.positive) for one in entry.content.clicks]
+        listed = [" ".join(text.split()) for text in self.page.locator("#clicks li").all_inner_texts()]
+        assert listed == [f"{'+' if positive else '−'} {', '.join(map(str, point))}" for point, positive in clicks]
+        return clicks
 
     def error(self) -> str:
         self.page.locator("#error").wait_for(state="visible")
