@@ -18,6 +18,7 @@ import typer
 
 import ctseg
 from ctseg import slurm
+from ctseg.commands.annotate import annotate
 from ctseg.commands.convert import convert
 from ctseg.commands.demo import demo
 from ctseg.commands.dicom import dicom
@@ -72,6 +73,7 @@ for command in (
     finetune,
     validate,
     infer,
+    annotate,
     export,
     serve,
     doctor,

@@ -21,7 +21,6 @@ from torch import Tensor
 from ctseg.specs import ClicksSpec
 
 Point = tuple[int, int, int]
-Size = tuple[int, int, int]
 TRUNCATE_SIGMAS = 4.0
 """The Gaussian around a click ends here, as in MONAI's GaussianFilter."""
 
@@ -34,41 +33,47 @@ class Click:
     positive: bool = True
 
 
-def guidance(clicks: Sequence[Click], size: Size, sigma_voxels: float, device: torch.device) -> Tensor:
-    """The maps of positive and negative clicks, float32 `[2, X, Y, Z]` in 0..1; zero without clicks.
+def network_input(image_B1XYZ: Tensor, clicks: Sequence[Sequence[Click]], sigma_voxels: float) -> Tensor:
+    """The CT and its maps of positive and of negative clicks, float32 `[B, 3, X, Y, Z]`.
 
-    1 at every click, smoothed by a Gaussian, then scaled to 0..1; clicks on one voxel count once.
+    A map is 1 at every click, smoothed by a Gaussian, then scaled to 0..1; clicks on one voxel count once, and a map
+    without clicks is 0.
+
+    Args:
+        image_B1XYZ: CT patches.
+        clicks: Those of each image.
+        sigma_voxels: Of the Gaussian.
     """
-    return torch.stack(
-        [
-            _map({c.point for c in clicks if c.positive is positive}, size, sigma_voxels, device)
-            for positive in (True, False)
-        ]
-    )
+    batch, _, *size = image_B1XYZ.shape
+    result = image_B1XYZ.new_zeros((batch, 3, *size))
+    result[:, 0] = image_B1XYZ[:, 0]
+    for maps_CXYZ, own in zip(result, clicks, strict=True):
+        for channel, positive in ((1, True), (2, False)):
+            _add_bells(maps_CXYZ[channel], sorted({c.point for c in own if c.positive is positive}), sigma_voxels)
+    return result
 
 
-def _map(points: set[Point], size: Size, sigma_voxels: float, device: torch.device) -> Tensor:
+def _add_bells(map_XYZ: Tensor, points: list[Point], sigma_voxels: float) -> None:
+    """Adds a Gaussian at each point to an empty map, in its box only, and scales the map."""
     if not points:
-        return torch.zeros(size, device=device)
-    centres_N3 = torch.tensor(sorted(points))
-    bells = [_bell(torch.arange(n) - centres_N3[:, axis, None], sigma_voxels).to(device) for axis, n in enumerate(size)]
-    signal_XYZ = torch.einsum("nx,ny,nz->xyz", *bells)
-    low, high = signal_XYZ.aminmax()
-    return signal_XYZ.sub_(low).div_((high - low).clamp_(min=torch.finfo(torch.float32).tiny))
+        return
+    reach = int(TRUNCATE_SIGMAS * sigma_voxels + 0.5)
+    bell = _bell(torch.arange(-reach, reach + 1), sigma_voxels).to(map_XYZ)
+    for point in points:
+        box, parts = [], []
+        for centre, length in zip(point, map_XYZ.shape, strict=True):
+            low, high = max(centre - reach, 0), min(centre + reach + 1, length)
+            box.append(slice(low, high))
+            parts.append(bell[low - centre + reach : high - centre + reach])
+        map_XYZ[tuple(box)] += parts[0][:, None, None] * parts[1][:, None] * parts[2]
+    low_value, high_value = map_XYZ.aminmax()
+    map_XYZ.sub_(low_value).div_(high_value - low_value)
 
 
 def _bell(distances: Tensor, sigma_voxels: float) -> Tensor:
-    """The share of a Gaussian that lies in the voxel at each distance; 0 beyond TRUNCATE_SIGMAS."""
+    """The share of a Gaussian that lies in the voxel at each distance."""
     scale = 1 / (2**0.5 * sigma_voxels)
-    share = torch.erf((distances + 0.5) * scale) - torch.erf((distances - 0.5) * scale)
-    return torch.where(distances.abs() <= int(TRUNCATE_SIGMAS * sigma_voxels + 0.5), share / 2, 0.0)
-
-
-def network_input(image_B1XYZ: Tensor, clicks: Sequence[Sequence[Click]], sigma_voxels: float) -> Tensor:
-    """The CT and its maps, `[B, 3, X, Y, Z]`; `clicks` holds those of each image."""
-    x, y, z = image_B1XYZ.shape[2:]
-    maps = [guidance(own, (x, y, z), sigma_voxels, image_B1XYZ.device) for own in clicks]
-    return torch.cat([image_B1XYZ, torch.stack(maps)], dim=1)
+    return (torch.erf((distances + 0.5) * scale) - torch.erf((distances - 0.5) * scale)) / 2
 
 
 def chessboard_distance(region_XYZ: Tensor) -> Tensor:

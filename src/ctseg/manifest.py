@@ -38,6 +38,7 @@ __all__ = [
     "check_files",
     "data_folder",
     "find_manifest",
+    "first_cases",
     "image_stem",
     "is_image_name",
     "locate_manifest",
@@ -216,6 +217,12 @@ def locate_manifest(name: str, data: Path | None) -> Manifest:
             f"--manifest FILE"
         )
     return manifest
+
+
+def first_cases(manifest: Manifest, number: int) -> Manifest:
+    """The data set with only the first `number` cases of each split."""
+    cases = [case for split in SPLITS for case in [c for c in manifest.cases if c.split == split][:number]]
+    return dataclasses.replace(manifest, cases=tuple(cases))
 
 
 def check_files(manifest: Manifest) -> Manifest:

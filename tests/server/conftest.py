@@ -17,7 +17,7 @@ from ctseg.engine.runtime import Runtime
 from ctseg.io.images import write_image
 from ctseg.recipe import load_recipe
 from ctseg.server.app import make_app
-from ctseg.server.run import open_socket, run, url_of
+from ctseg.server.run import open_socket, run, start_log, url_of
 from ctseg.server.service import open_service
 from ctseg.server.settings import Settings
 from ctseg.sources.phantom import centered_grid
@@ -41,7 +41,8 @@ def bright(input_BCXYZ: torch.Tensor) -> torch.Tensor:
 
 
 def clicks_model(forward: Callable[[torch.Tensor], torch.Tensor] = clicked) -> Model:
-    recipe = load_recipe("deepgrow_3d:small")
+    window = ["inference.window_size=[48,48,48]", "sampling.patch_size=[48,48,48]"]
+    recipe = load_recipe("deepgrow_3d:small", ["preprocess.spacing_mm=[5,5,5]", *window])
     return Model(recipe, forward, CPU, Path("deepgrow.pt"), "0" * 64)
 
 
@@ -103,6 +104,12 @@ class Live:
         self.stop.set()
         self.thread.join(20)
         assert not self.thread.is_alive()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def log() -> None:
+    """The server's log, kept as `ctseg serve` keeps it."""
+    start_log(quiet=True)
 
 
 @pytest.fixture

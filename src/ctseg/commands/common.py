@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ctseg.errors import CasesFailed, CtsegError, OutputError
+from ctseg.errors import CasesFailed, CtsegError, ModelError, OutputError
+from ctseg.recipe import Recipe
 from ctseg.report.tables import render_table
 
 Overrides = Annotated[
@@ -85,6 +86,12 @@ def parse_bytes(text: str, option: str) -> int:
 def emit(data: Any, text: str, as_json: bool) -> None:
     """Prints a result on stdout: for people, or as JSON for scripts."""
     say(json.dumps(data, indent=1, default=str) if as_json else text)
+
+
+def check_no_clicks(recipe: Recipe, model: Path) -> None:
+    """Raises ModelError for a model that has to be told by clicks what to segment."""
+    if recipe.clicks is not None:
+        raise ModelError(f"model '{model}': recipe {recipe.name} segments what is clicked on; use `ctseg annotate`")
 
 
 def check_none_failed(errors: Sequence[str], number: int, what: str) -> None:

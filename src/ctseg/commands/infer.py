@@ -21,6 +21,7 @@ from ctseg.commands.common import (
     QuietFlag,
     SeriesOption,
     TiltOption,
+    check_no_clicks,
     check_none_failed,
     emit,
     rounded,
@@ -94,6 +95,7 @@ def infer(
         make_progress(quiet) as progress,
     ):
         loaded = load_model(path, runtime, backend, progress.note)
+        check_no_clicks(loaded.recipe, path)
         progress.note(f"model {path} on {runtime.describe()}, {loaded.backend}{_part(part)}")
         outcomes = run(
             loaded, jobs, output, progress, options=options, shard=part, stop_requested=stop_requested, **flags

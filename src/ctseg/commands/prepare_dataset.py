@@ -26,15 +26,17 @@ from ctseg.commands.common import (
 from ctseg.dataset.splits import parse_percentages, split_by_percentages, split_into_folds
 from ctseg.errors import CtsegError, ManifestError
 from ctseg.files import make_folder
-from ctseg.manifest import SPLITS, Manifest
+from ctseg.manifest import SPLITS, Manifest, first_cases
 from ctseg.progress import make_progress, printable
 from ctseg.recipe import Recipe, load_recipe
+from ctseg.report.tables import render_table
 from ctseg.sources.catalogue import locate_data
 from ctseg.workspace import DATA_FILE, PREPARED, RECIPE_FILE, newest_run, run_recipe
 
 if TYPE_CHECKING:
     from ctseg.dataset.curate import Curated
     from ctseg.engine.bank import BankReport
+    from ctseg.engine.samples import OrganCount
 
 DEMO_RECIPE = "spleen:small"
 
@@ -58,6 +60,9 @@ ListOption = Annotated[
         "--write-manifest", metavar="FILE", help="The resulting data list. Default: in the --prepared folder."
     ),
 ]
+LimitOption = Annotated[
+    int | None, typer.Option("--limit", min=1, help="Only the first so many cases of each split, to try things out.")
+]
 WorkersOption = Annotated[
     int | None, typer.Option("--workers", min=1, help="Cases at once. Default: as CPUs and memory allow.")
 ]
@@ -79,6 +84,7 @@ def prepare_dataset(
     fix: FixFlag = False,
     check_only: CheckFlag = False,
     write_manifest: ListOption = None,
+    limit: LimitOption = None,
     workers: WorkersOption = None,
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
@@ -93,28 +99,35 @@ def prepare_dataset(
         typer.echo(f"ctseg: {why}", err=True)
     with make_progress(quiet) as progress:
         found = locate_data(manifest or chosen.data.manifest, data, progress)
+        if limit is not None:
+            found, division = first_cases(found, limit), f"first {limit} {division}".strip()
         if not (check_only or divide):
             found.split("training")
         make_folder(prepared)
-        if write_manifest is None and (divide or fix):
+        if write_manifest is None and (divide or fix or limit):
             write_manifest = prepared / _list_name(found, division)
             _check_list_file(write_manifest, manifest)
         from ctseg.dataset.curate import Wishes, curate
         from ctseg.engine.runtime import stop_on_signal
 
         wishes = Wishes(divide=divide, division=division, fix=fix, list_file=write_manifest)
-        report = None
+        report, organs = None, []
         with stop_on_signal() as stop_requested:
             curated = curate(found, chosen, prepared, wishes, progress, stop_requested, workers)
             if not (curated.errors or check_only):
                 from ctseg.engine.bank import prepare_bank
 
-                report = prepare_bank(curated.manifest.to_prepare, chosen, prepared, progress, stop_requested, workers)
+                cases = curated.manifest.to_prepare
+                report = prepare_bank(cases, chosen, prepared, progress, stop_requested, workers)
+                if chosen.clicks is not None:
+                    from ctseg.engine.samples import count_organs
+
+                    organs = count_organs(cases, prepared, chosen, curated.manifest.labels)
     if curated.list_file is not None:
         manifest, data = str(curated.list_file), None
     name = recipe or (chosen.name if run is None else str(run / RECIPE_FILE))
     train = shlex.join(["ctseg", "train", *_given(name, manifest, data, prepared, overrides)])
-    emit(_result(curated, chosen, report), _text(curated, report, train), as_json)
+    emit(_result(curated, chosen, report, organs), _text(curated, report, train, organs), as_json)
     if curated.errors:
         raise ManifestError(
             f"data set '{found.name}': errors to put right: {len(curated.errors)}, listed above and in "
@@ -160,8 +173,10 @@ def _list_name(found: Manifest, division: str) -> str:
     return re.sub(r"[^\w.]+", "-", words, flags=re.ASCII).strip("-.") + ".json"
 
 
-def _result(curated: Curated, recipe: Recipe, report: BankReport | None) -> dict[str, Any]:
+def _result(curated: Curated, recipe: Recipe, report: BankReport | None, organs: list[OrganCount]) -> dict[str, Any]:
     done = {} if report is None else dataclasses.asdict(report)
+    if recipe.clicks is not None and report is not None:
+        done["organs"] = [dataclasses.asdict(organ) for organ in organs]
     return {
         "data": curated.manifest.name,
         "recipe": recipe.name,
@@ -179,7 +194,7 @@ def _counts(manifest: Manifest) -> dict[str, int]:
     return {split: counts[split] for split in SPLITS if counts[split]}
 
 
-def _text(curated: Curated, report: BankReport | None, train: str) -> str:
+def _text(curated: Curated, report: BankReport | None, train: str, organs: list[OrganCount]) -> str:
     name = printable(curated.manifest.name)
     counts = ", ".join(f"{number} {split}" for split, number in _counts(curated.manifest).items())
     parts = []
@@ -192,6 +207,9 @@ def _text(curated: Curated, report: BankReport | None, train: str) -> str:
         parts.append(f"data set {name} checked: {found} ({counts}); table in {curated.report}")
     if curated.list_file is not None:
         parts.append(f"data list of {counts} in {curated.list_file}")
+    if organs:
+        table = [(o.value, printable(o.organ), o.samples, o.voxels) for o in organs]
+        parts += [render_table(("value", "organ", "samples", "voxels"), table), ""]
     if report is not None:
         parts.append(
             f"data set {name}: {len(report.made)} cases prepared, {len(report.ready)} were ready, "

@@ -20,16 +20,24 @@ from ctseg.commands.common import (
 )
 from ctseg.errors import CasesFailed, CtsegError
 from ctseg.files import make_folder
-from ctseg.manifest import SPLITS, read_manifest
+from ctseg.manifest import SPLITS, Manifest, read_manifest
 from ctseg.progress import make_progress
+from ctseg.recipe import Recipe
 from ctseg.report.tables import render_table
 from ctseg.sources.catalogue import find_data
 from ctseg.workspace import DATA_FILE, resolve_model, run_of, run_recipe
 
 if TYPE_CHECKING:
+    from ctseg.engine.click_evaluate import ClickEvaluation, ClickSummary
     from ctseg.engine.evaluate import Evaluation, LesionScores
-    from ctseg.manifest import Case
     from ctseg.progress import Progress
+
+
+ClicksOption = Annotated[
+    int | None,
+    typer.Option("--clicks", min=1, max=1000, help="Simulated clicks of an annotation model. Default: its recipe's."),
+]
+SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="Another seed gives other clicks. Default: 0.")]
 
 
 def validate(
@@ -41,12 +49,17 @@ def validate(
         Path | None, typer.Option(help="Folder of the tables. Default: validation-SPLIT in the run.")
     ] = None,
     overlays: Annotated[bool, typer.Option("--overlays", help="Also draw a picture of every case.")] = False,
+    clicks: ClicksOption = None,
+    seed: SeedOption = None,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Score a model on a split: per-case Dice, mean, standard deviation, range; lesions where the recipe has them."""
+    """Score a model on a split: per-case Dice, mean, standard deviation, range; lesions where the recipe has them.
+
+    An annotation model is scored by simulated clicks: Dice after each, and clicks to reach 0.85, 0.90 and 0.95.
+    """
     if split not in SPLITS:
         raise CtsegError(f"--split {split}: expected one of {', '.join(SPLITS)}")
     path = resolve_model(model)
@@ -54,6 +67,7 @@ def validate(
     with make_progress(quiet) as progress:
         found = _find_cases(path, manifest, data, split, progress)
         make_folder(target)
+        from ctseg.engine.click_evaluate import evaluate_clicks, write_click_evaluation
         from ctseg.engine.evaluate import evaluate, write_evaluation
         from ctseg.engine.model import load_model
         from ctseg.engine.runtime import running
@@ -61,33 +75,77 @@ def validate(
         with running(device, precision, amp=True) as runtime:
             loaded = load_model(path, runtime)
             progress.note(f"model {path} on {runtime.describe()}")
-            cases = found or find_data(loaded.recipe.data.manifest, data, progress).split(split)
-            evaluation = evaluate(loaded, cases, progress, target / "overlays" if overlays else None)
-    write_evaluation(target, evaluation, path, split)
-    emit(
-        {**evaluation.to_dict(), "model": path, "split": split, "folder": target},
-        _text(evaluation, path, target),
-        as_json,
-    )
+            _check_click_options(loaded.recipe, clicks, seed, overlays=overlays)
+            listed = found or find_data(loaded.recipe.data.manifest, data, progress)
+            cases = listed.split(split)
+            evaluation: Evaluation | ClickEvaluation
+            if loaded.recipe.clicks is None:
+                evaluation = evaluate(loaded, cases, progress, target / "overlays" if overlays else None)
+                write_evaluation(target, evaluation, path, split)
+                text, table = _text(evaluation, path, target), "cases.csv"
+            else:
+                number = clicks or loaded.recipe.clicks.num_clicks
+                evaluation = evaluate_clicks(loaded, cases, listed.labels, number, seed or 0, progress)
+                write_click_evaluation(target, evaluation, path, split)
+                text, table = _click_text(evaluation, path, target), "clicks.csv"
+    emit({**evaluation.to_dict(), "model": path, "split": split, "folder": target}, text, as_json)
     if evaluation.failed:
-        raise CasesFailed(f"{len(evaluation.failed)} of {len(cases)} cases failed; see {target / 'cases.csv'}")
+        raise CasesFailed(f"{len(evaluation.failed)} of {len(cases)} cases failed; see {target / table}")
+
+
+def _check_click_options(recipe: Recipe, clicks: int | None, seed: int | None, *, overlays: bool) -> None:
+    if recipe.clicks is None and (clicks is not None or seed is not None):
+        option = "--clicks" if clicks is not None else "--seed"
+        raise CtsegError(f"{option}: recipe {recipe.name} segments without clicks; leave it out")
+    if recipe.clicks is not None and overlays:
+        raise CtsegError(f"--overlays: recipe {recipe.name} has a mask for each organ and click; leave it out")
 
 
 def _find_cases(
     model: Path, manifest: str | None, data: Path | None, split: str, progress: Progress
-) -> tuple[Case, ...] | None:
-    """The cases the user names, else those of the model's run; None where only the recipe inside the model says."""
+) -> Manifest | None:
+    """The data the user names, else that of the model's run; None where only the recipe inside the model says."""
     run = run_of(model)
     if run is not None and manifest is None and data is None and (run / DATA_FILE).is_file():
-        return read_manifest(run / DATA_FILE).split(split)
+        return _with_split(read_manifest(run / DATA_FILE), split)
     if manifest is None and run is not None:
         manifest = run_recipe(run).data.manifest
-    return None if manifest is None else find_data(manifest, data, progress).split(split)
+    return None if manifest is None else _with_split(find_data(manifest, data, progress), split)
+
+
+def _with_split(manifest: Manifest, split: str) -> Manifest:
+    """The data list itself, once it is known to have cases in the split."""
+    manifest.split(split)
+    return manifest
 
 
 def _text(evaluation: Evaluation, model: Path, folder: Path) -> str:
     lesions = "" if evaluation.lesions is None else f"\n\n{_lesion_table(evaluation.lesions)}\n"
     return f"model {model}\n\n{score_table(evaluation)}{lesions}\ntables in {folder}"
+
+
+def _click_text(evaluation: ClickEvaluation, model: Path, folder: Path) -> str:
+    rows = [
+        (s.organ, s.cases, *(s.mean_dice[n - 1] for n in _shown_clicks(evaluation.num_clicks)), *_reached(s))
+        for s in (*evaluation.organs, *([evaluation.overall] if evaluation.overall else []))
+    ]
+    dice = [f"dice@{n}" for n in _shown_clicks(evaluation.num_clicks)]
+    targets = [f"clicks to {key}" for key in (evaluation.overall.mean_clicks if evaluation.overall else ())]
+    table = render_table(("organ", "cases", *dice, *targets), rows)
+    failed = "".join(f"\nfailed: {case}: {error}" for case, error in evaluation.failed.items())
+    rule = (
+        f"clicks to a Dice: mean over cases, {evaluation.num_clicks} where it is not reached (in brackets how often); "
+        f"seed {evaluation.seed}"
+    )
+    return f"model {model}\n\n{table}\n\n{rule}{failed}\ntables and curves in {folder}"
+
+
+def _shown_clicks(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if n in (1, 2, 3, 5, 10, 15, number)]
+
+
+def _reached(summary: ClickSummary) -> list[str]:
+    return [f"{mean:.1f} ({summary.not_reached[key]})" for key, mean in summary.mean_clicks.items()]
 
 
 def _lesion_table(lesions: LesionScores) -> str:

@@ -141,6 +141,8 @@ def _label_values(case: Case, facts: CaseFacts, recipe: Recipe) -> Iterator[Find
     if facts.label is None or not facts.label.is_readable:
         return
     values, known = facts.label.values, len(recipe.labels)
+    if recipe.clicks is not None:  # every value is an organ of its own
+        known = 255
     unknown = [value for value in values if value > known]
     if unknown and not recipe.preprocess.binarize_labels:
         listed = ", ".join(map(str, unknown[:8])) + (", ..." if len(unknown) > 8 else "")
@@ -182,10 +184,12 @@ def _spacing(case: Case, facts: CaseFacts, _: Recipe) -> Iterator[Finding]:
 
 def _network_grid(case: Case, facts: CaseFacts, recipe: Recipe) -> Iterator[Finding]:
     from ctseg.preprocess import network_geometry
+    from ctseg.scaling import spec_for
 
     if facts.image.is_readable:
+        grid = facts.image.geometry
         try:
-            network_geometry(facts.image.geometry, recipe.preprocess.spacing_mm)
+            network_geometry(grid, spec_for(recipe.preprocess, grid).spacing_mm)
         except ImageError as error:
             yield Finding("error", "size", case.name, str(error))
 
@@ -242,7 +246,7 @@ def _unused_labels(manifest: Manifest, facts: Mapping[str, CaseFacts], recipe: R
     if not readable:
         return
     seen: set[Any] = {value for label in readable for value in label.values}
-    if recipe.preprocess.binarize_labels and seen:
+    if (recipe.preprocess.binarize_labels or recipe.clicks is not None) and seen:
         seen = {1}
     unseen = [f"{value} ({name})" for value, name in recipe.labels.items() if int(value) not in seen]
     if len(unseen) == len(recipe.labels):

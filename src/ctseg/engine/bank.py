@@ -31,15 +31,19 @@ from ctseg.errors import CtsegError, ImageError, ManifestError, Stopped, list_pr
 from ctseg.files import make_folder, output_errors
 from ctseg.io.images import read_image, read_labels
 from ctseg.manifest import Case
-from ctseg.preprocess import prepare, prepare_labels
+from ctseg.preprocess import prepare_labels
 from ctseg.progress import Progress
 from ctseg.recipe import Recipe
 from ctseg.sampling import CaseArrays
-from ctseg.specs import Preprocess
+from ctseg.scaling import prepare_image, spec_for
 from ctseg.volume import Volume
 from ctseg.workers import in_parallel, num_workers
 
 FORMAT = 2
+MAX_ORGANS = 255
+"""Label values that a recipe with clicks takes."""
+SECTIONS = "sections"
+"""Of organs, in `case.json`: see `index_organs`."""
 LEFTOVER_SECONDS = 24 * 3600
 GPU_SHARE = 0.5
 """The bank moves to the GPU when it needs at most this share of the free memory there."""
@@ -57,7 +61,8 @@ class BankReport:
 
 def bank_folder(root: Path, recipe: Recipe) -> Path:
     """Where the recipe's prepared cases lie below `root`: one folder per recipe and preprocessing."""
-    text = json.dumps([FORMAT, asdict(recipe.preprocess), len(recipe.labels)], sort_keys=True)
+    labels = "organs" if recipe.clicks is not None else len(recipe.labels)
+    text = json.dumps([FORMAT, asdict(recipe.preprocess), labels], sort_keys=True)
     return root / f"{recipe.slug}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
@@ -134,7 +139,7 @@ def _one_thread_each() -> Iterator[None]:
 def _try_case(folder: Path, recipe: Recipe, case: Case) -> str | None:
     """Prepares a case; why it cannot be, or None."""
     try:
-        _prepare_case(case_folder(folder, case), case, recipe.preprocess, len(recipe.labels))
+        _prepare_case(case_folder(folder, case), case, recipe)
     except ImageError as error:
         return str(error)
     return None
@@ -158,6 +163,32 @@ def bank_fingerprint(cases: tuple[Case, ...], folder: Path) -> str:
     """
     parts = [[case.name, _description(case_folder(folder, case))["sha256"], case.weight] for case in cases]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def index_organs(label_XYZ: NDArray[np.uint8]) -> tuple[NDArray[np.int32], list[list[int]]]:
+    """The flat indices (C order) of all labelled voxels, organ by organ and slice by slice, and where each begins.
+
+    A section is an organ in one slice: its label value, z, where its indices start and stop, the lowest and highest x,
+    the lowest and highest y.
+    """
+    flat = np.flatnonzero(label_XYZ)
+    value = label_XYZ.reshape(-1)[flat].astype(np.int64)
+    order = np.lexsort((flat, flat % label_XYZ.shape[2], value))
+    flat, value = flat[order], value[order]
+    x, y, z = np.unravel_index(flat, label_XYZ.shape)
+    starts = np.flatnonzero((np.diff(value, prepend=0) != 0) | (np.diff(z, prepend=-1) != 0))
+    if len(starts) == 0:
+        return flat.astype(np.int32), []
+    stops = [*starts[1:], len(flat)]
+    bounds = [f.reduceat(part, starts) for part in (x, y) for f in (np.minimum, np.maximum)]
+    table = np.column_stack([value[starts], z[starts], starts, stops, *bounds])
+    return flat.astype(np.int32), [[int(n) for n in row] for row in table]
+
+
+def organ_sections(case: Case, folder: Path) -> list[list[int]]:
+    """The sections of a case that was prepared for a recipe with clicks, see `index_organs`."""
+    sections: list[list[int]] = _description(case_folder(folder, case))[SECTIONS]
+    return sections
 
 
 def _description(folder: Path) -> dict[str, Any]:
@@ -211,24 +242,28 @@ def _is_ready(folder: Path, case: Case) -> bool:
         return False
 
 
-def _prepare_case(folder: Path, case: Case, spec: Preprocess, num_labels: int) -> None:
-    source = _fingerprint(case)
+def _prepare_case(folder: Path, case: Case, recipe: Recipe) -> None:
+    source, spec = _fingerprint(case), recipe.preprocess
+    num_labels = MAX_ORGANS if recipe.clicks is not None else len(recipe.labels)
     image, labels = read_case(case, spec.binarize_labels)
     highest = int(labels.array.max())
     if highest > num_labels:
         raise ImageError(f"'{case.label}': label value {highest}, but the recipe has values 1..{num_labels}")
-    image_XYZ = prepare(image, spec, torch.device("cpu")).image_XYZ.numpy()
+    image_XYZ = prepare_image(image, spec, torch.device("cpu")).image_XYZ.numpy()
     # On the image's grid, to the last digit: the label's header may differ in its rounding.
-    label_XYZ = prepare_labels(Volume(labels.array, image.geometry), spec)
+    label_XYZ = prepare_labels(Volume(labels.array, image.geometry), spec_for(spec, image.geometry))
     if spec.crop_foreground:
         box = _foreground_box(image_XYZ)
         image_XYZ, label_XYZ = image_XYZ[box], label_XYZ[box]
     arrays: dict[str, NDArray[Any]] = {
         "image": image_XYZ.astype(np.float16),
-        "label": label_XYZ,
+        "label": label_XYZ.astype(np.uint8, copy=False),
         "foreground": np.flatnonzero(label_XYZ).astype(np.int32),
     }
-    description = {"source": source, "shape": list(image_XYZ.shape), "sha256": _digest(arrays)}
+    about: dict[str, Any] = {}
+    if recipe.clicks is not None:
+        arrays["foreground"], about[SECTIONS] = index_organs(arrays["label"])
+    description = {"source": source, "shape": list(image_XYZ.shape), "sha256": _digest(arrays), **about}
     _write_case(folder, case, arrays, description)
 
 

@@ -62,8 +62,7 @@ def export(checkpoint: Path, file_format: str, output: Path, runtime: Runtime) -
         raise CtsegError(f"format '{file_format}': expected one of {', '.join(EXPORT_SUFFIXES)}")
     if output.suffix != EXPORT_SUFFIXES[file_format]:
         raise CtsegError(f"output '{output}': a {file_format} file must end in {EXPORT_SUFFIXES[file_format]}")
-    recipe, network = load_network(checkpoint)
-    network.eval()
+    recipe, network = _load(checkpoint)
     make_folder(output.parent)
     example = torch.zeros((1, 1, *recipe.inference.window_size))
     with atomic_path(output) as temporary:
@@ -86,8 +85,7 @@ def export_bundle(checkpoint: Path, output: Path, runtime: Runtime) -> ExportRep
         CtsegError: if `output` exists.
         ModelError: if the checkpoint cannot be read or the bundle's answer is out of tolerance.
     """
-    recipe, network = load_network(checkpoint)
-    network.eval()
+    recipe, network = _load(checkpoint)
     staged = staging_folder(output)
     try:
         write_bundle(staged, recipe, network)
@@ -99,6 +97,13 @@ def export_bundle(checkpoint: Path, output: Path, runtime: Runtime) -> ExportRep
         shutil.rmtree(staged, ignore_errors=True)
     shape = (1, 1, *recipe.inference.window_size)
     return ExportReport(path=output, format="bundle", input_shape=shape, **report)
+
+
+def _load(checkpoint: Path) -> tuple[Recipe, nn.Module]:
+    recipe, network = load_network(checkpoint)
+    if recipe.clicks is not None:
+        raise ModelError(f"model '{checkpoint}': recipe {recipe.name} segments by clicks and cannot be exported yet")
+    return recipe, network.eval()
 
 
 def _to_torchscript(network: nn.Module, example: Tensor, recipe: str) -> bytes:

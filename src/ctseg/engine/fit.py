@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ctseg.engine.click_evaluate import sample_dice
 from ctseg.engine.evaluate import bank_dice
 from ctseg.engine.mlflow_log import MlflowLog
 from ctseg.engine.model import Model, forward_of
@@ -173,7 +174,10 @@ def _validate(trainer: Trainer, cases: list[CaseArrays], progress: Progress, sto
         if first and stop.now():  # the epoch's steps are saved, its validation begins anew
             stop.save_and_raise()
         for case in cases[first + runtime.rank : first + runtime.world_size][:1]:
-            values.extend(bank_dice(model, case, trainer.recipe.training.validation_overlap))
+            if trainer.recipe.clicks is not None:
+                values.append(sample_dice(model, case, first + runtime.rank))
+            else:
+                values.extend(bank_dice(model, case, trainer.recipe.training.validation_overlap))
         progress.advance(cases[first].name)
     progress.finish()
     return mean_or_none([value for share in runtime.gather(values) for value in share])

@@ -17,12 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ctseg.clicks import simulate_clicks
 from ctseg.engine.parallel import Rows, begin_pass
 from ctseg.engine.runtime import Runtime
 from ctseg.engine.trainer import Trainer, train_mode
 from ctseg.errors import CtsegError
 from ctseg.objectives import build_loss, learning_rate
-from ctseg.sampling import NETWORK, CaseArrays, Draw, cut_batch, draw_step, epoch_batches, generator
+from ctseg.sampling import CLICKS, NETWORK, CaseArrays, Draw, cut_batch, draw_step, epoch_batches, generator
+from ctseg.specs import ClicksSpec
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Pass:
 
     draws: list[Draw]
     """The patches of all processes."""
+    first: int
+    """Number of its first patch in the step."""
     share: float
     """Of the whole step's patches."""
     last: bool
@@ -78,6 +82,9 @@ class Stepper:
         rows = Rows(runtime.rank, None, runtime.world_size)
         begin_pass(self.trainer.network, len(part.draws), rows)
         image, label = cut_batch(self.cases, part.draws[rows], self.trainer.recipe.sampling, runtime.device)
+        if self.trainer.recipe.clicks is not None:
+            numbers = range(part.first, part.first + len(part.draws))[rows]
+            image = self._with_clicks(image, label, self.trainer.recipe.clicks, numbers)
         with self._gradients(part.last):
             with runtime.autocast():
                 logits = self.network(image.contiguous(memory_format=torch.channels_last_3d))
@@ -85,6 +92,20 @@ class Stepper:
             # Gradients are averaged over processes, but each holds a part of the sum.
             self.trainer.scaler.scale(loss * runtime.world_size).backward()  # type: ignore[no-untyped-call]
         return loss.detach()
+
+    def _with_clicks(self, image: Tensor, label: Tensor, spec: ClicksSpec, numbers: range) -> Tensor:
+        """The network's input with simulated clicks; `numbers` are those of the patches in the step."""
+        trainer, training = self.trainer, self.trainer.recipe.training
+        rngs = [generator(training.seed, CLICKS, trainer.epoch, trainer.step, number) for number in numbers]
+        trainer.network.eval()
+        with_clicks = simulate_clicks(image, label, self._logits, spec, rngs)
+        train_mode(trainer.network, training.freeze)
+        return with_clicks
+
+    def _logits(self, image: Tensor) -> Tensor:
+        with torch.inference_mode(), self.trainer.runtime.autocast():
+            logits: Tensor = self.trainer.network(image.contiguous(memory_format=torch.channels_last_3d))
+        return logits
 
     def _gradients(self, last: bool) -> AbstractContextManager[None]:
         """Processes exchange gradients in the last pass of a step only."""
@@ -104,7 +125,10 @@ def passes(draws: list[Draw], runtime: Runtime, patches_per_pass: int | None) ->
     number = max(1, min(wanted, len(draws) // runtime.world_size))
     borders = [len(draws) * n // number for n in range(number + 1)]
     parts = [draws[a:b] for a, b in pairwise(borders)]
-    return [Pass(part, len(part) / len(draws), last=n == number - 1) for n, part in enumerate(parts)]
+    return [
+        Pass(part, first, len(part) / len(draws), last=n == number - 1)
+        for n, (part, first) in enumerate(zip(parts, borders, strict=False))
+    ]
 
 
 def check_shares(trainer: Trainer, num_cases: int) -> None:

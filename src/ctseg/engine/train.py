@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ctseg.engine.bank import bank_fingerprint, bank_folder, open_bank, prepare_bank
+from ctseg.engine.bank import bank_fingerprint, bank_folder, prepare_bank
 from ctseg.engine.checkpoint import BEST, LAST, PREVIOUS, START, save_checkpoint
 from ctseg.engine.determinism import set_determinism
 from ctseg.engine.fit import fit
 from ctseg.engine.memory import fit_into_memory, peak_memory_bytes
 from ctseg.engine.runtime import Runtime, memory_errors
+from ctseg.engine.samples import open_samples
 from ctseg.engine.trainer import Trainer
 from ctseg.errors import CtsegError, Stopped
 from ctseg.files import make_folder, write_json
@@ -83,8 +84,8 @@ def train(
     _raise_together(runtime, problem)
     manifest = read_manifest(run / DATA_FILE)
     folder = bank_folder(prepared, recipe)
-    training = open_bank(manifest.split("training"), folder, runtime.device)
-    validation = open_bank(manifest.validation, folder, runtime.device)
+    training = open_samples(manifest.split("training"), prepared, recipe, manifest.labels, runtime.device)
+    validation = open_samples(manifest.validation, prepared, recipe, manifest.labels, runtime.device)
     if remark := set_determinism(recipe, runtime.device):
         progress.note(remark)
     trainer = Trainer.fresh(recipe, runtime, bank_fingerprint(manifest.to_prepare, folder))

@@ -10,6 +10,8 @@ from ctseg.report.canvas import FONT, new_figure, save_figure
 
 LOSS_COLOUR = "#0072B2"
 DICE_COLOUR = "#009E73"
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+STYLES = ("-", "--", ":", "-.")
 DENSE_EPOCHS = 60
 """Curves with more points than this are drawn without a dot for each."""
 
@@ -40,6 +42,52 @@ def draw_training_curves(path: Path, epochs: Sequence[Mapping[str, float | int |
     save_figure(figure, path)
 
 
+def draw_click_curves(path: Path, organs: Mapping[str, Sequence[float]], mean: Sequence[float], title: str) -> None:
+    """Writes a PNG with Dice after each click: a line for each organ, a thick one for their mean.
+
+    Args:
+        path: The PNG.
+        organs: Dice of each organ after click 1, 2, ...
+        mean: Likewise, over organs.
+        title: Stands above.
+
+    Raises:
+        OutputError: if the file cannot be written.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    figure = new_figure(7.2, 4.2, "white")
+    axes = figure.subplots()
+    figure.subplots_adjust(left=0.08, right=0.72, top=0.86, bottom=0.13)
+    figure.text(0.08, 0.94, title, parse_math=False, family=FONT, size=13, weight="bold", color="#111111", va="center")
+    clicks = range(1, len(mean) + 1)
+    for number, (organ, values) in enumerate(organs.items()):
+        colour, style = COLOURS[number % len(COLOURS)], STYLES[number // len(COLOURS) % len(STYLES)]
+        axes.plot(clicks, values, style, color=colour, linewidth=1.2, label=_plain(organ), clip_on=False)
+    axes.plot(clicks, mean, color="#111111", linewidth=2.6, label="mean", clip_on=False)
+    axes.set_xlabel("Clicks", family=FONT, size=9, color="#555555")
+    axes.set_ylim(0, 1)
+    axes.set_xlim(*((0.5, 1.5) if len(mean) == 1 else (1, len(mean))))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=15, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
+    axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False, prop={"family": FONT, "size": 8})
+    _plain_axes(axes)
+    save_figure(figure, path)
+
+
+def _plain(text: str) -> str:
+    """The text as matplotlib's legend shows it letter by letter: no mathematics, not hidden by a leading underscore."""
+    shown = text[:28].replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
+
+
+def _plain_axes(axes: Any) -> None:
+    axes.grid(axis="y", color="#E3E3E3", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color("#999999")
+    axes.tick_params(length=0, labelsize=9, labelcolor="#555555", labelfontfamily=FONT, pad=5)
+
+
 def _draw_curve(
     axes: Any, title: str, rows: Sequence[Mapping[str, float | int | None]], key: str, last_epoch: int, colour: str
 ) -> None:
@@ -53,11 +101,7 @@ def _draw_curve(
     axes.set_xlabel("Epoch", family=FONT, size=9, color="#555555")
     axes.set_xlim(*((0.5, 1.5) if last_epoch == 1 else (1 - 0.02 * last_epoch, last_epoch * 1.02)))
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
-    axes.grid(axis="y", color="#E3E3E3", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color("#999999")
-    axes.tick_params(length=0, labelsize=9, labelcolor="#555555", labelfontfamily=FONT, pad=5)
+    _plain_axes(axes)
 
 
 def _mark_best(axes: Any, rows: Sequence[Mapping[str, float | int | None]], last_epoch: int) -> None:

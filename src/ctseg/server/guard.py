@@ -11,6 +11,7 @@ import json
 import logging
 import secrets
 import time
+import traceback
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -75,8 +76,8 @@ class Guard:
                 await self._app(scope, _Body(self._settings, receive, told), told)
         except _Refused:
             pass
-        except Exception:
-            LOG.exception("request %s: failed", request_id)
+        except Exception as error:
+            LOG.error("request %s: failed\n%s", request_id, _told_of(error))
             if status:
                 raise  # too late for an answer: the connection is closed
             await _refuse(told, 500, f"an error in the server; its log tells of request {request_id}")
@@ -115,6 +116,13 @@ class _Body:
         else:
             self._whole = True
         return message
+
+
+def _told_of(error: BaseException) -> str:
+    """Where errors came from and of which kind; their texts may name patients."""
+    cause = error.__cause__ or error.__context__
+    before = "" if cause is None else f"{_told_of(cause)}\nand then\n"
+    return f"{before}{''.join(traceback.format_tb(error.__traceback__))}{type(error).__name__}"
 
 
 def _problem(settings: Settings, scope: Scope) -> tuple[int, str] | None:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from isal import igzip
 from numpy.typing import NDArray
 
 from ctseg.io import itk, nifti
@@ -57,3 +58,10 @@ def mask_of_bytes(content: bytes) -> NDArray[np.uint8]:
 def nifti_bytes(image: Path) -> bytes:
     """A CT file of any format as `.nii.gz`."""
     return volume_bytes(read_image(image))
+
+
+def uncompressed_nrrd(content: bytes) -> bytes:
+    """The same NRRD file with its voxels as they are, for viewers that unpack nothing."""
+    header, _, packed = content.partition(b"\n\n")
+    voxels: bytes = igzip.decompress(packed)
+    return header.replace(b"encoding: gzip", b"encoding: raw") + b"\n\n" + voxels

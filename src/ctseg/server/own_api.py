@@ -40,6 +40,10 @@ class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+Place = Annotated[FiniteFloat, Field(ge=-1e6, le=1e6)]
+"""A voxel's index, or millimetres."""
+
+
 class NewSession(_Body):
     """Which image and which model."""
 
@@ -50,7 +54,7 @@ class NewSession(_Body):
 class NewClick(_Body):
     """A place, and whether the structure is there."""
 
-    position: Annotated[list[FiniteFloat], Field(min_length=3, max_length=3)]
+    position: Annotated[list[Place], Field(min_length=3, max_length=3)]
     positive: bool = True
     coordinates: Literal["voxel", "lps", "ras"] = "voxel"
 

@@ -14,6 +14,12 @@ class RequestProblem(CtsegError):
     status = 400
 
 
+class NoToken(RequestProblem):
+    """The token is missing or wrong."""
+
+    status = 401
+
+
 class NotHere(RequestProblem):
     """What was asked for is not there."""
 

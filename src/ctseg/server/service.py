@@ -26,6 +26,7 @@ from ctseg.server.datastore import Datastore
 from ctseg.server.problems import Invalid, NotHere, TooLarge
 from ctseg.server.sessions import Sessions
 from ctseg.server.settings import Settings
+from ctseg.server.tasks import Tasks
 from ctseg.server.worker import ModelWorker
 from ctseg.volume import Geometry, Volume
 
@@ -96,6 +97,8 @@ class Service:
     scratch: Path
     click_sessions: Sessions[ClickSession] = field(init=False)
     uploads: Sessions[Upload] = field(init=False)
+    trainings: Tasks = field(default_factory=lambda: Tasks("a training"))
+    batches: Tasks = field(default_factory=lambda: Tasks("the segmenting of many images"))
 
     def __post_init__(self) -> None:
         limits = (self.settings.session_seconds, self.settings.max_sessions)
@@ -170,6 +173,8 @@ class Service:
 
     def close(self) -> None:
         """Ends all work and removes what was only here for a time."""
+        self.trainings.close()
+        self.batches.stop()
         self.worker.close()
         self.click_sessions.clear()
         self.uploads.clear()

@@ -8,12 +8,13 @@ from pathlib import Path
 from ctseg.manifest import Manifest, check_files, data_folder, locate_manifest, read_manifest
 from ctseg.progress import Progress
 from ctseg.sources.made import MadeData, write_made
-from ctseg.sources.phantom import DEMO_COUNTS, phantom_data
+from ctseg.sources.phantom import DEMO_COUNTS, organ_data, phantom_data
 from ctseg.sources.phantom_bone import bone_data
 from ctseg.sources.phantom_lung import lung_data
 
 MADE: dict[str, Callable[[], MadeData]] = {
     "phantom": phantom_data,
+    "phantom_organs": organ_data,
     "phantom_lung": lung_data,
     "phantom_bone": bone_data,
 }

@@ -44,6 +44,7 @@ class MadeData:
         name: Names the folder, the manifest and, with a number, the cases.
         label: The structure that is the label, value 1.
         label_values: Its values in `MadeCase.organs`.
+        keep_values: The label holds the structures of `label_values` by these values, not one structure by value 1.
         structures: Value (as a string) -> name of all structures in `MadeCase.organs`.
         version: Grows whenever the same seed gives other voxels.
         make: Case `index` of `seed`: (seed, index) -> case.
@@ -55,6 +56,17 @@ class MadeData:
     structures: Mapping[str, str]
     version: int
     make: Callable[[int, int], MadeCase]
+    keep_values: bool = False
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """Label value (as a string) -> name."""
+        return {str(v): self.structures[str(v)] for v in self.label_values} if self.keep_values else {"1": self.label}
+
+    def label_of(self, case: MadeCase) -> Volume:
+        """The label of a case."""
+        mask = case.mask(*self.label_values)
+        return Volume(mask.array * case.organs.array, mask.geometry) if self.keep_values else mask
 
 
 def write_made(
@@ -87,7 +99,7 @@ def write_made(
         missing = {kind: file for kind, file in case.items() if not (folder / file).is_file()}
         if missing:
             made = data.make(seed, index)
-            volumes = {"image": made.image, "label": made.mask(*data.label_values), "organs": made.organs}
+            volumes = {"image": made.image, "label": data.label_of(made), "organs": made.organs}
             for kind, file in missing.items():
                 _write_nifti(folder / file, volumes[kind])
         on_case(f"{data.name}_{index:03d}")
@@ -118,7 +130,7 @@ def _manifest(data: MadeData, splits: list[str], files: list[dict[str, str]], se
         entries[split] = [{key: case[key] for key in ("image", "label") if key in case} for case in cases]
     return {
         "name": data.name,
-        "labels": {"1": data.label},
+        "labels": data.labels,
         "organs": dict(data.structures),
         "licence": "CC0-1.0 (made by ctseg)",
         "source": "made by ctseg, no patient data",

@@ -28,6 +28,7 @@ __all__ = [
     "PhantomSize",
     "centered_grid",
     "make_phantom",
+    "organ_data",
     "plan_phantom",
     "write_phantoms",
 ]
@@ -77,6 +78,19 @@ def phantom_data() -> MadeData:
         structures=ORGANS,
         version=GENERATOR_VERSION,
         make=lambda seed, index: make_phantom(seed, index),
+    )
+
+
+def organ_data() -> MadeData:
+    """The abdomen as a kind of made data: its label holds the five large organs, as `ORGANS` numbers them."""
+    return MadeData(
+        name="phantom_organs",
+        label="organs",
+        label_values=(1, 2, 3, 4, 5),
+        structures=ORGANS,
+        version=GENERATOR_VERSION,
+        make=lambda seed, index: make_phantom(seed, index),
+        keep_values=True,
     )
 
 
