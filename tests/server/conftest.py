@@ -1,5 +1,7 @@
 """A live server on a free port, with a network whose masks can be told in advance."""
 
+import importlib
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,16 +14,21 @@ import pytest
 import requests
 import torch
 
+from ctseg.engine.checkpoint import save_checkpoint
 from ctseg.engine.model import Model
 from ctseg.engine.runtime import Runtime
-from ctseg.io.images import write_image
-from ctseg.recipe import load_recipe
+from ctseg.io.images import read_geometry, write_image, write_labels
+from ctseg.networks import network_for
+from ctseg.recipe import Recipe, load_recipe
 from ctseg.server.app import make_app
-from ctseg.server.run import open_socket, run, start_log, url_of
+from ctseg.server.run import Tls, open_socket, run, start_log, url_of
 from ctseg.server.service import open_service
 from ctseg.server.settings import Settings
 from ctseg.sources.phantom import centered_grid
-from ctseg.volume import Geometry, Volume
+from ctseg.volume import Volume
+
+TARGET = Path(sys.prefix) / "monailabel"
+"""Where `make` puts the client: its package would bring another MONAI and pydicom along."""
 
 CPU = Runtime(torch.device("cpu"), None)
 SIZE = (40, 36, 32)
@@ -64,29 +71,46 @@ def box_mask() -> np.ndarray:
     return mask
 
 
+TINY_CLICKS = ["network.features=[4,4,4,4,4,4]", "preprocess.spacing_mm=[8,8,8]"]
+
+
+def save_model(recipe: Recipe, path: Path) -> Path:
+    torch.manual_seed(0)
+    save_checkpoint(path, {"recipe": recipe.to_dict(), "model": network_for(recipe).state_dict()})
+    return path
+
+
+def wait_for(url: str, wanted: Callable[[dict[str, Any]], bool], seconds: float) -> dict[str, Any]:
+    deadline = time.monotonic() + seconds
+    while not wanted(status := requests.get(f"{url}/train/", timeout=30).json()):
+        assert time.monotonic() < deadline, status
+        time.sleep(0.1)
+    return status
+
+
 class Live:
     """A running server and how to talk to it."""
 
-    def __init__(self, settings: Settings, models: list[tuple[str, Model]]) -> None:
+    def __init__(self, settings: Settings, models: list[tuple[str, Model]], tls: Tls | None) -> None:
         self.service = open_service(settings, models)
         self.socket = open_socket(settings.host, 0)
-        self.url = url_of(self.socket, None).rstrip("/")
+        self.url = url_of(self.socket, tls).rstrip("/")
         self.stop = threading.Event()
         app = make_app(self.service)
-        self.thread = threading.Thread(target=run, args=(app, self.socket, None, self.stop.is_set))
+        self.thread = threading.Thread(target=run, args=(app, self.socket, tls, self.stop.is_set))
         self.thread.start()
         headers = {"Authorization": f"Bearer {settings.token}"} if settings.token else {}
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline:
             try:
-                requests.get(f"{self.url}/api/models", headers=headers, timeout=5)
+                requests.get(f"{self.url}/api/models", headers=headers, timeout=5, verify=False)
                 return
             except requests.ConnectionError:
                 time.sleep(0.05)
         raise TimeoutError("the server did not start")
 
     def call(self, method: str, path: str, **options: Any) -> requests.Response:
-        return requests.request(method, self.url + path, timeout=30, **options)
+        return requests.request(method, self.url + path, timeout=30, verify=False, **options)
 
     def json(self, method: str, path: str, **options: Any) -> Any:
         response = self.call(method, path, **options)
@@ -127,9 +151,9 @@ def start(studies: Path) -> Iterator[Callable[..., Live]]:
     """A function that starts a server of `studies`: `start(token="...", models=[...])`."""
     started: list[Live] = []
 
-    def serve(models: list[tuple[str, Model]] | None = None, **settings: Any) -> Live:
+    def serve(models: list[tuple[str, Model]] | None = None, tls: Tls | None = None, **settings: Any) -> Live:
         chosen = [("deepgrow", clicks_model()), ("spleen", bright_model())] if models is None else models
-        started.append(Live(Settings(studies=studies, **settings), chosen))
+        started.append(Live(Settings(studies=studies, **settings), chosen, tls))
         return started[-1]
 
     yield serve
@@ -153,5 +177,39 @@ def made() -> SimpleNamespace:
         bright_model=bright_model,
         clicked=clicked,
         bright=bright,
-        geometry=Geometry,
+        wait_for=wait_for,
     )
+
+
+@pytest.fixture(scope="session")
+def library() -> Any:
+    if TARGET.is_dir() and str(TARGET) not in sys.path:
+        sys.path.append(str(TARGET))
+    try:
+        return importlib.import_module("monailabel.client.client")
+    except ImportError:
+        pytest.skip(f"no client: pip install --no-deps --target {TARGET} monailabel==0.8.5")
+
+
+@pytest.fixture
+def connect(library: Any, tmp_path: Path) -> Callable[[Any], Any]:
+    folder = tmp_path / "client"
+    folder.mkdir()
+    return lambda live: library.MONAILabelClient(live.url, tmpdir=str(folder), client_id="tester")
+
+
+@pytest.fixture
+def models(tmp_path: Path, tiny_recipe: Recipe) -> list[Path]:
+    """Checkpoints of random weights: one that segments, one for clicks."""
+    clicks = load_recipe("deepgrow_3d:small", TINY_CLICKS)
+    return [save_model(tiny_recipe, tmp_path / "spleen.pt"), save_model(clicks, tmp_path / "clicks.pt")]
+
+
+@pytest.fixture
+def labelled(studies: Path, made: SimpleNamespace) -> Path:
+    """`studies`, with final labels of every image."""
+    for name in ("one.nii.gz", "two.nrrd", "three.nii.gz"):
+        target = studies / "labels" / "final" / f"{name.partition('.')[0]}.nii.gz"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_labels(target, np.asfortranarray(made.box_mask()), read_geometry(studies / name))
+    return studies

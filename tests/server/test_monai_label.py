@@ -1,8 +1,7 @@
 """The released client of MONAI Label, unchanged, against a live server; it parses the multipart answers itself."""
 
-import importlib
+import dataclasses
 import json
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -17,32 +16,12 @@ import SimpleITK
 
 from ctseg.io.images import read_geometry, read_labels, write_image, write_labels
 
-TARGET = Path(sys.prefix) / "monailabel"
-"""Where `make` puts the client: its package would bring another MONAI and pydicom along."""
-
 # The client leaves files open, and its `cgi` goes away with Python 3.13.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
-
-
-@pytest.fixture(scope="module")
-def library() -> Any:
-    if TARGET.is_dir() and str(TARGET) not in sys.path:
-        sys.path.append(str(TARGET))
-    try:
-        return importlib.import_module("monailabel.client.client")
-    except ImportError:
-        pytest.skip(f"no client: pip install --no-deps --target {TARGET} monailabel==0.8.5")
-
-
-@pytest.fixture
-def connect(library: Any, tmp_path: Path) -> Callable[[Any], Any]:
-    folder = tmp_path / "client"
-    folder.mkdir()
-    return lambda live: library.MONAILabelClient(live.url, tmpdir=str(folder), client_id="tester")
 
 
 @pytest.fixture
@@ -230,3 +209,31 @@ def test_the_clients_login_with_the_token(connect: Callable[[Any], Any], start: 
     assert client.auth_valid_token()
     assert client.info()["name"] == "ctseg"
     assert client.infer("deepgrow", "one", {"foreground": [[12, 9, 20]]})[0]
+
+
+def test_training_starts_and_stops_by_the_released_client(
+    start: Callable[..., Any],
+    connect: Callable[[Any], Any],
+    labelled: Path,
+    made: SimpleNamespace,
+    tmp_path: Path,
+    models: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    of_file = dataclasses.replace(made.bright_model(), path=models[0])
+    live = start([("spleen", of_file), ("deepgrow", made.clicks_model())])
+    client = connect(live)
+    begun = client.train_start("spleen", {"max_epochs": 500})
+    assert begun["status"] == "RUNNING"
+    assert client.train_status(check_if_running=True)
+    with pytest.raises(Exception, match="Status: 429"):
+        client.train_start("spleen", {})
+    assert client.infer("deepgrow", "one", {"foreground": [[12, 9, 20]]})[0]  # answered meanwhile
+    assert client.train_stop()["status"] == "STOPPED"
+    status = made.wait_for(live.url, lambda status: "end_ts" in status, 60)
+    assert status["status"] == "STOPPED"
+    assert status["id"] == begun["id"]
+    assert not client.train_status(check_if_running=True)
+    manifest = json.loads(next(tmp_path.glob("runs/*-data/manifest.json")).read_text())
+    assert len(manifest["training"]) == 3

@@ -30,7 +30,7 @@ class Tls:
 
 
 def open_socket(host: str, port: int) -> socket.socket:
-    """A socket bound to `host` and `port`; port 0 is any free one.
+    """A socket that listens on `host` and `port`; port 0 is any free one.
 
     Raises:
         CtsegError: if it is not to be had.
@@ -40,6 +40,7 @@ def open_socket(host: str, port: int) -> socket.socket:
         bound = socket.socket(family, socket.SOCK_STREAM)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
+        bound.listen(128)  # who comes before the models are loaded waits
     except OSError as error:
         raise CtsegError(f"--host {host} --port {port}: {error.strerror or error}; choose another one") from error
     return bound
