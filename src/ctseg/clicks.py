@@ -45,8 +45,9 @@ def network_input(image_B1XYZ: Tensor, clicks: Sequence[Sequence[Click]], sigma_
         sigma_voxels: Of the Gaussian.
     """
     batch, _, *size = image_B1XYZ.shape
-    result = image_B1XYZ.new_zeros((batch, 3, *size))
+    result = image_B1XYZ.new_empty((batch, 3, *size))
     result[:, 0] = image_B1XYZ[:, 0]
+    result[:, 1:] = 0
     for maps_CXYZ, own in zip(result, clicks, strict=True):
         for channel, positive in ((1, True), (2, False)):
             _add_bells(maps_CXYZ[channel], sorted({c.point for c in own if c.positive is positive}), sigma_voxels)
@@ -54,7 +55,7 @@ def network_input(image_B1XYZ: Tensor, clicks: Sequence[Sequence[Click]], sigma_
 
 
 def _add_bells(map_XYZ: Tensor, points: list[Point], sigma_voxels: float) -> None:
-    """Adds a Gaussian at each point to an empty map, in its box only, and scales the map."""
+    """Adds a Gaussian at each point to an empty map and scales the map; all within the box of the Gaussians."""
     if not points:
         return
     reach = int(TRUNCATE_SIGMAS * sigma_voxels + 0.5)
@@ -66,8 +67,13 @@ def _add_bells(map_XYZ: Tensor, points: list[Point], sigma_voxels: float) -> Non
             box.append(slice(low, high))
             parts.append(bell[low - centre + reach : high - centre + reach])
         map_XYZ[tuple(box)] += parts[0][:, None, None] * parts[1][:, None] * parts[2]
-    low_value, high_value = map_XYZ.aminmax()
-    map_XYZ.sub_(low_value).div_(high_value - low_value)
+    ends = [(min(p[axis] for p in points) - reach, max(p[axis] for p in points) + reach + 1) for axis in range(3)]
+    changed = map_XYZ[tuple(slice(max(low, 0), high) for low, high in ends)]
+    low_value, high_value = changed.aminmax()
+    if changed.shape == map_XYZ.shape:  # else the map's lowest value is 0, beside the box
+        changed.sub_(low_value)
+        high_value = high_value - low_value
+    changed.div_(high_value)
 
 
 def _bell(distances: Tensor, sigma_voxels: float) -> Tensor:
@@ -83,13 +89,13 @@ def chessboard_distance(region_XYZ: Tensor) -> Tensor:
     array there is none at all, and every distance is -1, as in scipy.ndimage.distance_transform_cdt.
     """
     left = region_XYZ.to(torch.uint8)
-    distance = left.to(torch.int16)
     if left.all():
-        return distance.neg_()
+        return left.to(torch.int16).neg_()
+    distance = left.to(torch.uint8 if max(left.shape) <= 255 else torch.int16, copy=True)  # a byte is far faster
     while left.any():
         left = _eroded(left)
         distance += left
-    return distance
+    return distance.to(torch.int16)
 
 
 def _eroded(region_XYZ: Tensor) -> Tensor:
@@ -147,10 +153,16 @@ def next_click(label_XYZ: Tensor, mask_XYZ: Tensor, rng: np.random.Generator) ->
         mask_XYZ: Where the network says it is, bool, on the same device.
         rng: Asked for two numbers.
     """
-    missed, extra = label_XYZ & ~mask_XYZ, mask_XYZ & ~label_XYZ
+    box = _box(label_XYZ ^ mask_XYZ)
+    if box is None:
+        return None
+    label, mask = label_XYZ[box], mask_XYZ[box]
+    missed, extra = label & ~mask, mask & ~label
     positive = bool(missed.count_nonzero() >= extra.count_nonzero())
     point = draw_voxel(missed if positive else extra, rng)
-    return None if point is None else Click(point, positive)
+    assert point is not None  # the larger error has voxels
+    x, y, z = (n + part.start for n, part in zip(point, box, strict=True))
+    return Click((x, y, z), positive)
 
 
 def simulate_clicks(

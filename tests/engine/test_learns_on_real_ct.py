@@ -123,9 +123,9 @@ def test_clicks_learn_the_organs_of_one_real_case(real_data: Path, tmp_path: Pat
     label = read_labels(folder / "example_seg.nii.gz")
     kept = np.where(np.isin(label.array, [int(value) for value in ORGANS]), label.array, 0).astype(np.uint8)
     write_labels(tmp_path / "organs.nii.gz", kept, label.geometry)
-    case = Case(name="case", split="training", image=folder / "example_ct.nii.gz", label=tmp_path / "organs.nii.gz")
+    case = Case(name="case", split="training", image=folder / "example_ct_sm.nii.gz", label=tmp_path / "organs.nii.gz")
     data = Manifest(name="organs", cases=(case,), labels=ORGANS, licence="see NOTICE", source="public")
-    overrides = ["training.epochs=150", "training.batch_cases=5", "preprocess.spacing_mm=[6,6,6]"]
+    overrides = ["training.epochs=300", "training.batch_cases=5", "clicks.num_clicks=4"]
     recipe, runtime = load_recipe("deepgrow_3d:small", overrides), start_runtime("cpu")
     result = train(recipe, tmp_path / "run", lambda _: data, runtime, Silent(), tmp_path / "prepared")
     evaluation = evaluate_clicks(load_model(result.checkpoint, runtime), (case,), ORGANS, 15, 0, Silent())

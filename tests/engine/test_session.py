@@ -24,9 +24,8 @@ from ctseg.recipe import Recipe, load_recipe
 from ctseg.sources.phantom import centered_grid
 from ctseg.volume import Volume
 
-RECIPES = {
-    name: load_recipe(f"{name}:small", ["preprocess.spacing_mm=[4,4,4]"]) for name in ("deepgrow_3d", "deepgrow_2d")
-}
+CARD = ["preprocess.spacing_mm=[4,4,4]", "preprocess.hu_window=[208,596]", "preprocess.clip=false"]
+RECIPES = {name: load_recipe(f"{name}:small", CARD) for name in ("deepgrow_3d", "deepgrow_2d")}
 BRIGHT_HU, DARK_HU = 800, -400
 
 
@@ -77,6 +76,20 @@ def test_a_structure_at_the_border_reaches_the_border() -> None:
     mask = Session(model_of(RECIPES["deepgrow_3d"]), volume).click((3, 20, 3))
     assert mask[0, 20, 0] == 1
     assert mask[5, [0, -1], 5].all(), "the whole axis, which fits the window"
+
+
+def test_on_a_finer_grid_the_mask_ends_with_the_window() -> None:
+    """32 voxels of 4 mm are 64 of 2 mm; half a voxel beyond the last one is still the window's."""
+    volume = box_ct("RAS", (2, 12, 12), (178, 30, 30), spacing=(2.0, 2.0, 2.0), size=(180, 50, 50))
+    mask = Session(model_of(RECIPES["deepgrow_3d"]), volume).click((90, 20, 20))
+    assert 62 <= int(mask.any(axis=(1, 2)).sum()) <= 64
+
+
+def test_voxels_beyond_the_last_one_of_the_networks_grid_are_kept() -> None:
+    """43 voxels of 3 mm end half a voxel of 4 mm after the 32nd of those."""
+    volume = box_ct("RAS", (25, 5, 5), (43, 30, 20), spacing=(3.0, 3.0, 3.0), size=(43, 40, 30))
+    mask = Session(model_of(RECIPES["deepgrow_3d"]), volume).click((35, 15, 10))
+    assert mask[42, 15, 10] == 1
 
 
 def test_clicks_far_apart_widen_the_window() -> None:
