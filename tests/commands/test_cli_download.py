@@ -258,6 +258,17 @@ def test_weights_alone_need_a_recipe_in_the_index(
     assert load_recipe(str(tmp_path / "models" / "bare" / "recipe.json")) == load_recipe("spleen:small")
 
 
+@pytest.mark.parametrize(("recipe", "command"), [("spleen:small", "infer"), ("deepgrow_3d:small", "annotate")])
+def test_it_says_what_uses_the_model(
+    cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str, command: str
+):
+    torch.save(network_for(load_recipe(recipe)).state_dict(), tmp_path / "a.pt")
+    index_of(tmp_path, monkeypatch, "mine", "https://host.invalid/a.pt", file="a.pt", recipe=recipe)
+    result = cli("download", "mine", "--from", "a.pt", "--quiet")
+    assert (result.code, result.err) == (0, "")
+    assert f"next     ctseg {command} CT --model mine " in result.out
+
+
 class Evil:
     """What a pickle may do to those who load it."""
 

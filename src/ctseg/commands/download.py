@@ -136,7 +136,11 @@ def _model(name: str, entry: ModelEntry, overrides: list[str], choice: _Choice) 
         with make_progress(choice.quiet) as progress:
             progress.note(f"{name}: {entry.gigabytes} GB, licence: {entry.licence} {entry.source}".rstrip())
             download_model(name, entry, choice.given, overrides, choice.keep_archive, progress)
-    following = shlex.join(["ctseg", "infer", "CT", "--model", name, "--output", "masks"])
+    if entry.recipe is not None and load_recipe(entry.recipe).clicks is not None:
+        words = ["ctseg", "annotate", "CT", "--model", name, "--click", "X,Y,Z", "--output", "mask.nii.gz"]
+    else:
+        words = ["ctseg", "infer", "CT", "--model", name, "--output", "masks"]
+    following = shlex.join(words)
     result = _Result("model", name, folder, there, entry.licence, following)
     _tell(result, read_record(folder), choice.as_json)
 
