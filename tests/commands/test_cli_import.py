@@ -229,6 +229,8 @@ def test_an_mmar_of_4_0(cli: Callable[..., Any], tmp_path: Path):
         "hu_window": [-57.0, 164.0],
         "crop_foreground": True,
         "binarize_labels": False,
+        "clip": True,
+        "keep_slice_spacing": False,
     }
     network = {"kind": "unet", "channels": [4, 8], "strides": [2], "num_res_units": 2, "norm": "batch"}
     assert plain["network"] == network
