@@ -146,6 +146,13 @@ def test_tasks_on_a_node_share_its_memory(monkeypatch, machine: Path) -> None:
     assert available_memory(GIB) == (2 * GIB, "Slurm's share of the job on this node")
 
 
+def test_processes_of_one_command_share_what_is_free(monkeypatch, machine: Path) -> None:
+    write(machine / "meminfo", f"MemAvailable: {8 * 2**20} kB")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert available_memory(GIB) == (3 * GIB, "free memory")
+
+
 def test_nothing_says_how_much_memory_there_is(machine: Path) -> None:
     amount, who = available_memory(GIB)
     assert amount > 2**60

@@ -271,6 +271,13 @@ def test_every_number_of_a_recipe_names_its_source(name: str):
     assert problems == []
 
 
+@pytest.mark.parametrize("setting", ["clip=false", "keep_slice_spacing=true"])
+def test_only_clicks_take_other_intensities_and_slices(setting: str):
+    key = setting.partition("=")[0]
+    told = f"preprocess.{key}: only recipes with [clicks] may set it; leave it out"
+    assert told in refusal("spleen", f"preprocess.{setting}", "preprocess.crop_foreground=false")
+
+
 def test_binarised_labels_need_one_structure():
     problem = "recipe 'bone_lesion': preprocess.binarize_labels: needs exactly one structure, got 2; set it to false"
     assert refusal("bone_lesion", "labels.2=other") == problem

@@ -34,13 +34,14 @@ def memory_limit() -> tuple[int, str] | None:
 def available_memory(own_bytes: int) -> tuple[int, str]:
     """Bytes that this process may have in memory, and who says so.
 
-    The smallest of: what is free here, added to the `own_bytes` that this process has already; and this process's part
-    of `memory_limit`, which srun's tasks on one node share.
+    The smallest of: its part of what is free here, added to the `own_bytes` that it has already; and its part of
+    `memory_limit`. The processes of one command on one node have equal parts.
     """
-    shares = [(own_bytes + free, "free memory") for free in _free_memory()]
+    sharing = tasks_on_node(os.environ)
+    shares = [(own_bytes + free // sharing, "free memory") for free in _free_memory()]
     limit = memory_limit()
     if limit is not None:
-        shares.append((limit[0] // tasks_on_node(os.environ), limit[1]))
+        shares.append((limit[0] // sharing, limit[1]))
     return min(shares, default=(2**63 - 1, "no limit"))
 
 

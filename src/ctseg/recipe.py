@@ -83,6 +83,9 @@ class Recipe:
             yield f"labels: at most 255 fit a uint8 mask, got {len(self.labels)}"
         if self.preprocess.binarize_labels and len(self.labels) != 1:
             yield f"preprocess.binarize_labels: needs exactly one structure, got {len(self.labels)}; set it to false"
+        for key, on in (("clip", not self.preprocess.clip), ("keep_slice_spacing", self.preprocess.keep_slice_spacing)):
+            if on and self.clicks is None:
+                yield f"preprocess.{key}: only recipes with [clicks] may set it; leave it out"
         patience, interval = self.training.early_stop_epochs, self.training.validation_interval_epochs
         if patience is not None and patience < interval:
             yield f"training.early_stop_epochs: must hold a validation, which comes every {interval}, got {patience}"

@@ -12,6 +12,7 @@ import mmap
 import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -100,7 +101,8 @@ def _in_memory(size: int) -> mmap.mmap:
     except OSError as error:
         raise MemoryError(f"not enough memory for {size} bytes") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux: a page fault for every 2 MB, not for every 4 kB
-        mapping.madvise(mmap.MADV_HUGEPAGE)
+        with suppress(OSError):  # a kernel built without them
+            mapping.madvise(mmap.MADV_HUGEPAGE)
     return mapping
 
 

@@ -40,7 +40,9 @@ def process_index(environ: Mapping[str, str]) -> int:
 
 
 def tasks_on_node(environ: Mapping[str, str]) -> int:
-    """How many of srun's tasks run on this node, this one included."""
+    """How many processes of this command run on this node, by srun, torchrun or `--gpus`, this one included."""
+    if "RANK" in environ and "LOCAL_WORLD_SIZE" in environ:
+        return number(environ, "LOCAL_WORLD_SIZE") or 1
     if num_tasks(environ) == 1:
         return 1
     counts = expand_counts(environ.get("SLURM_STEP_TASKS_PER_NODE", ""))

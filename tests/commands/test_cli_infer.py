@@ -304,7 +304,13 @@ def test_shards_replace_no_other_models_masks(
     assert {o["status"] for o in json.loads(cli(*call, tiny_model, "--json").out)} == {"done"}
     result = cli(*call, other_model)
     assert result.code == 2
-    assert "choose another --output, or --overwrite (without --shard) to replace them" in result.message
+    assert "choose another --output, or --overwrite (without --shard and --gpus) to replace them" in result.message
+
+
+def test_a_plan_is_of_one_process(cli: Callable[..., Any], cts: Path, tiny_model: Path, tmp_path: Path):
+    result = cli("infer", "cts", "--output", "masks", "--model", tiny_model, "--gpus", 2, "--dry-run")
+    assert (result.code, result.message) == (2, "--dry-run tells what one process takes; leave --gpus out")
+    assert not (tmp_path / "masks").exists()
 
 
 def test_more_gpus_than_there_are(
@@ -331,7 +337,7 @@ def test_the_table_of_several_processes_is_that_of_one(
     asked = []
 
     def answers(number: int, arguments: list[str]) -> parts.Answers:
-        asked.append((number, arguments[-3:]))
+        asked.append((number, arguments[1:4]))
         return parts.Answers(json.loads(one.out), True)
 
     monkeypatch.setattr(parts, "run_parts", answers)

@@ -80,7 +80,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_answers_are_put_together_in_order(fake) -> None:
     fake("sys.exit  # nothing")
-    answers = run_parts(3, [])
+    answers = run_parts(3, ["infer"])
     assert [row["case"] for row in answers.rows] == list(range(7))
     assert not answers.failed
 
@@ -96,7 +96,7 @@ def test_only_the_first_shows_progress(fake) -> None:
 def test_one_that_fails_is_named(fake, body: str) -> None:
     fake(body)
     with pytest.raises(CtsegError, match=r"process 2 of 3 failed with exit code (2|1|-9); its error is above"):
-        run_parts(3, [])
+        run_parts(3, ["infer"])
 
 
 def test_a_stop_signal_is_handed_on(fake, tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ time.sleep(60)
     started = time.monotonic()
     try:
         with pytest.raises(Stopped, match="the same command goes on"):
-            run_parts(3, [])
+            run_parts(3, ["infer"])
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -158,6 +158,16 @@ def test_nothing_to_do_measures_nothing(tiny_model: Model, tmp_path: Path, monke
     assert plan_run(tiny_model, [], PLAIN_OPTIONS, tmp_path, Silent()) == RunPlan((), 0, "")
 
 
+def test_what_cannot_be_planned_is_not_read(
+    tiny_model: Model, tiny_manifest: Manifest, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr("ctseg.engine.infer.read_case", lambda *_: pytest.fail("it could be of any size"))
+    (job, *_) = jobs_of(tiny_manifest, tmp_path)
+    plans = {job.mask: Plan(image=job.image, way=UNREADABLE, error="its grid is too large")}
+    (outcome,) = infer(tiny_model, [job], tmp_path, Silent(), plans=plans)
+    assert (outcome.status, outcome.error) == ("failed", f"'{job.image}': its grid is too large")
+
+
 @pytest.mark.parametrize("placement", ["volumes", "all"])
 def test_masks_of_a_run_on_disk_are_those_of_one_in_memory(
     tiny_model: Model, tiny_manifest: Manifest, tmp_path: Path, placement: str

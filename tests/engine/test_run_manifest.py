@@ -113,6 +113,14 @@ def test_entries_without_a_mask_go_and_masks_without_an_entry_get_one(
     assert [case["status"] for case in read(output)["cases"]] == ["skipped", "skipped"]
 
 
+def test_a_mask_that_another_part_made_again_loses_its_entry(tiny_model: Model, jobs: list[Job], output: Path) -> None:
+    infer(tiny_model, jobs, output, Silent())
+    shutil.copy(jobs[1].image, jobs[0].image)
+    infer(tiny_model, jobs, output, Silent(), shard=Shard(0, 3))
+    infer(tiny_model, jobs, output, Silent())
+    assert [case["status"] for case in read(output)["cases"]] == ["done", "done", "skipped"]
+
+
 def test_another_models_entries_go_with_its_masks(tiny_model: Model, jobs: list[Job], output: Path) -> None:
     jobs[0].image.write_bytes(b"")
     infer(tiny_model, jobs, output, Silent())

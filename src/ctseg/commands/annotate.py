@@ -21,7 +21,6 @@ from ctseg.commands.common import (
     rounded,
 )
 from ctseg.errors import ClickError, CtsegError
-from ctseg.files import make_folder
 from ctseg.manifest import is_image_name
 from ctseg.progress import make_progress
 from ctseg.workspace import resolve_model
@@ -61,7 +60,6 @@ def annotate(
     wanted = parse_clicks(clicks)
     _check_output(image, output, overwrite=overwrite)
     path = resolve_model(model)
-    make_folder(output.parent)
     from ctseg.engine.annotate import annotate as run
     from ctseg.engine.model import load_model
     from ctseg.engine.runtime import running

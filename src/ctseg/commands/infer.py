@@ -96,15 +96,15 @@ def infer(
         keep_empty_frames=keep_empty_frames,
         fast=fast,
     )
+    if dry_run and gpus is not None:
+        raise CtsegError("--dry-run tells what one process takes; leave --gpus out")
     in_parts = _launches(gpus, device)
     with make_progress(quiet) as progress:
         jobs = find_jobs(inputs, output, options, progress)
-    if in_parts and not dry_run:
+    if in_parts:
         make_folder(output)
         _infer_in_parts(gpus or 1, shard, path, as_json)
         return
-    if not dry_run:
-        make_folder(output)
     from ctseg.engine.infer import infer as run
     from ctseg.engine.model import fast_in_bfloat16, load_model
     from ctseg.engine.plan import plan_run
@@ -117,6 +117,8 @@ def infer(
     ):
         loaded = load_model(path, runtime, backend, progress.note)
         check_no_clicks(loaded.recipe, path)
+        if not dry_run:
+            make_folder(output)
         progress.note(f"model {path} on {runtime.describe()}, {loaded.backend}{', fast' if fast else ''}{_part(part)}")
         todo = [job for job in part.take(jobs) if overwrite or not job.is_done]
         plans = plan_run(
@@ -166,7 +168,8 @@ def _infer_in_parts(gpus: int, shard: str | None, model: Path, as_json: bool) ->
     from ctseg.engine.infer import Outcome
     from ctseg.engine.parts import run_parts
 
-    answers = run_parts(gpus, [*sys.argv[1:], "--json", "--shard", shard or "1/1"])
+    name, *arguments = sys.argv[1:]
+    answers = run_parts(gpus, [name, "--json", "--shard", shard or "1/1", *arguments])  # first, as -- may follow
     outcomes = [Outcome(**{**row, "image": Path(row["image"]), "mask": Path(row["mask"])}) for row in answers.rows]
     emit(answers.rows, _text(outcomes, model), as_json)
     if answers.failed:

@@ -11,6 +11,7 @@ import numpy as np
 from ctseg.clicks import Click
 from ctseg.engine.model import Model
 from ctseg.engine.session import Coordinates, clicks_of, keep_clicked_component, segment_clicks, voxel_of
+from ctseg.files import make_folder
 from ctseg.io.images import read_image, write_labels
 
 
@@ -55,5 +56,6 @@ def annotate(
     mask = segment_clicks(model, volume, placed)
     if largest_component:
         mask = keep_clicked_component(mask, placed)
+    make_folder(output.parent)
     write_labels(output, mask, volume.geometry)
     return Annotation(image, output, placed, int(np.count_nonzero(mask)) * volume.geometry.voxel_volume_ml)

@@ -42,7 +42,8 @@ def _replace(output: Path, jobs: list[Job], what: str, overwrite: bool) -> None:
     """Removes the masks of `jobs`, if that is allowed and leaves none of the others."""
     if not overwrite:
         raise CtsegError(
-            f"'{output}' holds {what}; choose another --output, or --overwrite (without --shard) to replace them"
+            f"'{output}' holds {what}; choose another --output, or --overwrite (without --shard and --gpus) to "
+            f"replace them"
         )
     replaced = {job.mask for job in jobs}
     left = [path for path in sorted(output.rglob("*")) if is_mask_name(path) and path not in replaced]

@@ -170,8 +170,8 @@ def show_windows(progress: Progress, name: str, stop: Callable[[], None] = lambd
 
 def _read(work: _Work, options: Options, device: torch.device) -> _Work:
     with _case_errors(work, device), work.clock.stage("read"):
-        if work.plan and work.plan.way == TOO_LARGE:
-            raise NotEnoughMemory(work.plan.error)
+        if work.plan and work.plan.error:
+            raise (NotEnoughMemory if work.plan.way == TOO_LARGE else ImageError)(work.plan.error)
         work.case = read_case(work.job, options, work.placement.volumes)
         work.digest = digest_input(work.job)
     return work

@@ -70,8 +70,9 @@ def run_parts(number: int, arguments: list[str]) -> Answers:
 def _start(rank: int, number: int, arguments: list[str], output: IO[str]) -> subprocess.Popen[str]:
     counts = {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number)}
     environ = {**os.environ, **counts, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    name, *rest = arguments
     quiet = ["--quiet"] if rank else []
-    return subprocess.Popen([sys.executable, "-m", "ctseg", *arguments, *quiet], env=environ, stdout=output, text=True)
+    return subprocess.Popen([sys.executable, "-m", "ctseg", name, *quiet, *rest], env=environ, stdout=output, text=True)
 
 
 def _end(process: subprocess.Popen[str]) -> None:

@@ -225,7 +225,7 @@ def plan_run(
             plan = plan_case(model, extent, cost, allowed, scratch, writing_bytes=writing_bytes, fast=options.fast)
         except ImageError as error:
             plan = Plan(image=job.image, way=UNREADABLE, error=str(error))
-        if plan.way == TOO_LARGE:
+        if plan.error and str(job.image) not in plan.error:
             plan = replace(plan, error=f"'{job.image}': {plan.error}")
         plans.append(replace(plan, image=job.image))
         progress.advance()
@@ -237,9 +237,13 @@ def plan_run(
 
 def _overlapped(plans: Sequence[Plan]) -> list[Plan]:
     """The plans with what the neighbours of each take meanwhile: the one before is written, the next one read."""
-    beside = [0, *(0 if plan.error else plan.beside_bytes for plan in plans), 0]
+    beside = [(0, 0), *((0, 0) if plan.error else (plan.beside_bytes, plan.disk_bytes) for plan in plans), (0, 0)]
     return [
-        replace(plan, memory_bytes=plan.memory_bytes + before + after)
+        replace(
+            plan,
+            memory_bytes=plan.memory_bytes + before[0] + after[0],
+            disk_bytes=plan.disk_bytes + before[1] + after[1],
+        )
         for plan, before, after in zip(plans, beside[:-2], beside[2:], strict=True)
     ]
 

@@ -65,7 +65,8 @@ class RunManifest:
 
     def add(self, mask: Path, case: Mapping[str, Any]) -> None:
         """Puts the entry of a CT whose mask is `mask` in the place of its old one, and writes the file."""
-        self._set({"mask": self._name(mask), **case, "run": self._run["started"]})
+        made = {"mask_mtime_ns": _mtime_ns(mask), "run": self._run["started"]}
+        self._set({"mask": self._name(mask), **case, **made})
         self.write()
 
     def add_skipped(self, mask: Path, image: Path) -> None:
@@ -94,7 +95,7 @@ class RunManifest:
             mask = case.get("mask")
             if not isinstance(mask, str) or case.get("run") not in known:
                 continue
-            if case.get("status") == "failed" or _is_there(self._path.parent / mask):
+            if case.get("status") == "failed" or _is_same(self._path.parent / mask, case.get("mask_mtime_ns")):
                 self._set(case)
 
     def _set(self, case: dict[str, Any]) -> None:
@@ -137,11 +138,17 @@ def _objects(data: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
     return [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
 
 
-def _is_there(path: Path) -> bool:
+def _is_same(mask: Path, mtime_ns: object) -> bool:
+    """Whether a mask is there and was not made again, by another part of a run say; skipped ones tell no time."""
+    now = _mtime_ns(mask)
+    return now is not None and mtime_ns in (None, now)
+
+
+def _mtime_ns(path: Path) -> int | None:
     try:
-        return path.is_file()
-    except OSError:  # a name that no file can have
-        return False
+        return path.stat().st_mtime_ns if path.is_file() else None
+    except (OSError, ValueError):  # or a name that no file can have
+        return None
 
 
 def _now() -> str:
