@@ -162,13 +162,35 @@ def test_an_uploaded_image_is_one_of_the_studies(
     assert not list(studies.glob(".ctseg-upload-*"))
 
 
-def test_a_whole_label_map_is_saved_and_read_back_by_another_reader(live: Any, studies: Path, tmp_path: Path) -> None:
+def test_a_models_mask_is_saved_under_the_names_of_its_values(
+    start: Callable[..., Any], studies: Path, tmp_path: Path, made: SimpleNamespace
+) -> None:
+    (studies / "labels").mkdir()
+    (studies / "labels/index.json").write_text('{"structures": {"1": "kidney"}}')  # where the model has the spleen
+    live = start()
+    write_labels(tmp_path / "mask.nii.gz", np.asfortranarray(made.box_mask()), read_geometry(studies / "one.nii.gz"))
+    content = {"file": ("mask.nii.gz", (tmp_path / "mask.nii.gz").read_bytes())}
+    answer = live.json("PUT", "/api/images/one/labels/final?model=spleen", files=content)
+    assert answer["structures"] == {"kidney": 1, "spleen": 2}
+    assert np.array_equal(read_labels(studies / "labels/final/one.nii.gz").array, made.box_mask() * 2)
+    assert live.refused("PUT", "/api/images/one/labels/final?model=none", files=content)[0] == 404
+    assert live.refused("PUT", "/api/images/one/labels/final?model=deepgrow", files=content)[0] == 422
+
+
+def test_a_whole_label_map_is_saved_and_read_back_by_another_reader(
+    live: Any, studies: Path, tmp_path: Path, made: SimpleNamespace
+) -> None:
     geometry = read_geometry(studies / "two.nrrd")
     label = np.random.default_rng(0).integers(0, 4, geometry.size).astype(np.uint8)
     write_labels(tmp_path / "label.nrrd", np.asfortranarray(label), geometry)
     with (tmp_path / "label.nrrd").open("rb") as file:
+        assert live.refused("PUT", "/api/images/two/labels/final", files={"file": file})[0] == 422  # what is 2?
+    store = live.service.datastore
+    for name in ("liver", "kidney"):  # the folder knows values 2 and 3 from here on
+        store.save_structure("one", "final", name, made.box_mask(), read_geometry(studies / "one.nii.gz"))
+    with (tmp_path / "label.nrrd").open("rb") as file:
         answer = live.json("PUT", "/api/images/two/labels/final", files={"file": file})
-    assert answer["structures"] == {"spleen": 1, "label_2": 2, "label_3": 3}
+    assert answer["structures"] == {"spleen": 1, "liver": 2, "kidney": 3}
     image = SimpleITK.ReadImage(str(studies / "labels/final/two.nii.gz"))
     assert np.array_equal(SimpleITK.GetArrayFromImage(image).T, label)
     assert np.allclose(image.GetOrigin(), geometry.origin_mm, atol=1e-3)

@@ -4,7 +4,9 @@ import gzip
 import io
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nibabel
@@ -108,9 +110,29 @@ class Page:
         """What the server knows of, which is what the page lists."""
         (entry,) = self.live.service.click_sessions._entries.values()
         clicks = [(tuple(one.point), one.positive) for one in entry.content.clicks]
-        listed = [" ".join(text.split()) for text in self.page.locator("#clicks li").all_inner_texts()]
-        assert listed == [f"{'+' if positive else '−'} {', '.join(map(str, point))}" for point, positive in clicks]
+        listed = self.page.locator("#clicks li").all_text_contents()
+        assert listed == [f"{'+' if positive else '−'}{', '.join(map(str, point))}" for point, positive in clicks]
         return clicks
+
+    @contextmanager
+    def holding(self, path: str) -> Iterator[None]:
+        """Keeps requests of `path` on their way, one at least, until the end."""
+        held: list[Any] = []
+        self.page.route(f"**{path}", lambda route: held.append(route))
+        yield
+        for _ in range(100):
+            if held:
+                break
+            self.page.wait_for_timeout(50)
+        assert held
+        for route in held:
+            route.continue_()
+        self.page.unroute(f"**{path}")
+        self.wait()
+
+    def press(self, *keys: str) -> None:
+        for key in keys:
+            self.page.locator("#canvas").press(key)
 
     def error(self) -> str:
         self.page.locator("#error").wait_for(state="visible")
@@ -219,6 +241,60 @@ def test_clicks_undo_and_saving(opened: Callable[..., Page], marked: Path) -> No
     assert page.clicks() == []
 
 
+def test_clicks_made_while_others_are_taken_back_stay(opened: Callable[..., Page], marked: Path) -> None:
+    page = opened()
+    page.open("air")
+    page.press("Enter", "ArrowUp", "Enter")
+    page.wait()
+    first, second = page.clicks()
+    with page.holding("/undo"):
+        page.press("Control+z", "ArrowUp", "Shift+Enter")
+    after_undo = page.clicks()
+    assert after_undo[0] == first
+    assert len(after_undo) == 2
+    assert after_undo[1] != second
+    with page.holding("/undo"):
+        page.press("Control+z", "Control+z", "Enter")
+    assert page.clicks() == [(after_undo[1][0], True)]
+    with page.holding("/reset"):
+        page.press("Delete", "ArrowDown", "Enter")
+    assert page.clicks() == [second]
+    assert page.red_pixels() > 0
+    assert page.page.locator("#save").is_enabled()
+
+
+def test_what_was_left_does_not_reach_what_was_chosen_then(
+    opened: Callable[..., Page], marked: Path, made: SimpleNamespace
+) -> None:
+    models = [("deepgrow", made.clicks_model()), ("other", made.clicks_model())]
+    page = opened(allowed="Failed to load resource", models=models)
+    page.open("lps")
+
+    def session() -> tuple[str, str]:
+        assert len(page.clicks()) == 1
+        (entry,) = page.live.service.click_sessions._entries.values()
+        return entry.content.image, entry.content.model
+
+    with page.page.expect_response(lambda response: response.request.method == "DELETE"):
+        with page.holding("/api/sessions"):
+            page.press("Enter")
+            page.page.select_option("#image", "air")
+            page.press("Enter")  # the picture is still that of the other image
+        assert page.page.locator("#clicks li").count() == 0
+        assert page.page.locator("#save").is_disabled()
+    page.press("Enter")
+    page.wait()
+    assert session() == ("air", "deepgrow")
+    page.page.click("#reset")
+    page.wait()
+    with page.holding("/clicks"):  # that session is gone when this click comes to the server
+        page.press("Enter")
+        page.page.select_option("#model", "other")
+        page.press("Enter")
+    assert session() == ("air", "other")
+    assert page.page.locator("#error").is_hidden()
+
+
 def test_what_goes_wrong_is_told_in_words(opened: Callable[..., Page], marked: Path, tmp_path: Path) -> None:
     page = opened(allowed="Failed to load resource")  # the browser's own words on each 4xx
     broken = tmp_path / "broken.nii.gz"
@@ -245,8 +321,13 @@ def test_what_goes_wrong_is_told_in_words(opened: Callable[..., Page], marked: P
 
 def test_a_token_is_asked_for_and_kept_in_the_tab_only(opened: Callable[..., Page], marked: Path) -> None:
     page = opened(allowed="status of 401", token="a-long-secret-token")
-    for token in ("not-the-right-one", "a-long-secret-token"):
-        page.page.locator("#token-dialog[open]").wait_for()
+    tokens = {
+        "not-the-right-one": "asks for a token",
+        "a-long-s\u20acret-token": "not the right one",
+        "a-long-secret-token": "ASCII",
+    }
+    for token, title in tokens.items():
+        page.page.locator("#token-dialog[open] #token-title", has_text=title).wait_for()
         page.page.fill("#token", token)
         page.page.keyboard.press("Enter")
     page.open("lps")
@@ -263,6 +344,8 @@ def test_a_model_without_clicks_segments_and_its_labels_are_saved(opened: Callab
     assert page.red_pixels() > 100
     page.page.click("#save")
     page.page.locator("#status", has_text="Saved").wait_for()
+    (put,) = [request.url for request in page.requests if request.method == "PUT"]
+    assert put == f"{page.live.url}/api/images/one/labels/final?model=spleen"
     assert read_labels(marked / "labels" / "final" / "one.nii.gz").array.any()
 
 

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.middleware.cors import CORSMiddleware
@@ -21,6 +21,7 @@ from ctseg.server import aiaa, monai_label, own_api
 from ctseg.server.guard import Guard
 from ctseg.server.problems import GONE, Busy, ClientGone, status_of
 from ctseg.server.service import Service
+from ctseg.server.texts import printable_text, read_json
 
 WEB_FOLDER = Path(__file__).parent / "web"
 EXPIRY_SECONDS = 5.0
@@ -54,6 +55,7 @@ def make_app(service: Service) -> FastAPI:
         redoc_url=None,
         lifespan=_lifespan,
         responses=ERRORS,
+        dependencies=[Depends(_check_body)],
     )
     app.state.service = service
     app.include_router(own_api.router, tags=["ctseg"])
@@ -68,15 +70,26 @@ def make_app(service: Service) -> FastAPI:
     else:
         app.add_api_route("/", _no_page, response_class=HTMLResponse, include_in_schema=False)
     _add_problem_schema(app)
-    if service.settings.cors_origins:
+    app.add_middleware(Guard, settings=service.settings)
+    if service.settings.cors_origins:  # outside the guard: a page of another server may read why it was refused
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(service.settings.cors_origins),
             allow_methods=["GET", "HEAD", "POST", "PUT", "DELETE"],
             allow_headers=["Authorization", "Content-Type"],
         )
-    app.add_middleware(Guard, settings=service.settings)
     return app
+
+
+async def _check_body(request: Request) -> None:
+    """Passes if a body of JSON can be written down again.
+
+    Raises:
+        Invalid: if not.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if (not kind or kind.endswith("json")) and (body := await request.body()):
+        read_json(body, "body")
 
 
 @asynccontextmanager
@@ -102,14 +115,14 @@ async def _tell(request: Request, error: Exception) -> Response:
     service: Service = request.app.state.service
     text = str(error).replace(f"{service.datastore.folder}/", "").replace(f"{service.scratch}/", "")
     headers = {"Retry-After": "5"} if isinstance(error, Busy) else None
-    return JSONResponse({"detail": text}, status_of(error), headers)
+    return JSONResponse({"detail": printable_text(text)}, status_of(error), headers)
 
 
 async def _tell_invalid(request: Request, error: Exception) -> Response:
     """One line; what was got is not sent back, it may be large or no JSON."""
     assert isinstance(error, RequestValidationError)
     problems = [".".join(map(str, one["loc"][1:] or one["loc"])) + f": {one['msg']}" for one in error.errors()]
-    return JSONResponse({"detail": "; ".join(problems[:10])}, 422)
+    return JSONResponse({"detail": printable_text("; ".join(problems[:10]))}, 422)
 
 
 async def _tell_gone(request: Request, error: Exception) -> Response:

@@ -2,7 +2,7 @@
 
 An image's id is its file's name without the suffix. A request's id is only ever looked up among those of the images
 that were found, never made into a path. The index holds the names of label values and notes about images and labels;
-without it the files are found as before, and values are named `label_N`.
+without it the files are found as before, and values are named `label_N`. An index that is damaged is set aside.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import fcntl
 import json
+import logging
 import os
 import re
 import shutil
@@ -27,8 +28,10 @@ from ctseg.files import atomic_path, make_folder, output_errors, write_json
 from ctseg.io.images import read_geometry, read_labels, write_labels
 from ctseg.manifest import image_stem, is_image_name
 from ctseg.server.problems import Conflict, Invalid, NotHere
+from ctseg.server.texts import check_json, is_text
 from ctseg.volume import Geometry
 
+LOG = logging.getLogger("ctseg.server")
 FINAL, ORIGINAL = "final", "original"
 """The tags of labels that a person has finished, and that a model has made."""
 REPLACED = "replaced"
@@ -63,10 +66,14 @@ class Datastore:
         self._images: dict[str, Path] = {}
         self._scanned_ns = 0
         self._claim: int | None = _claim(self._labels)
+        for left in self.folder.glob(".ctseg-upload-*"):  # of a server that was killed
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left, ignore_errors=True)
         self._index = _read_index(self._labels / "index.json")
         for value, name in (structures or {}).items():
             if name not in self.structures and str(value) not in self._index["structures"]:
                 self._index["structures"][str(value)] = name
+        self._name_values_of_files()
 
     def close(self) -> None:
         """Lets another server have the folder."""
@@ -94,7 +101,8 @@ class Datastore:
     def _scan(self) -> dict[str, Path]:
         found: dict[str, Path] = {}
         for path in sorted(self.folder.iterdir()):
-            if is_image_name(path) and not path.name.startswith(".") and self._is_inside(path):
+            wanted = is_image_name(path) and is_text(path.name) and not path.name.startswith(".")
+            if wanted and self._is_inside(path):
                 found.setdefault(image_stem(path), path)
         return found
 
@@ -105,7 +113,7 @@ class Datastore:
             NotHere: if there is none of that id.
         """
         path = self.images().get(image_id)
-        if path is None:
+        if path is None or not path.is_file():
             raise NotHere(f"image {_shown(image_id)}: not in the studies folder; GET /api/images lists what is")
         return path
 
@@ -163,24 +171,29 @@ class Datastore:
         Args:
             image_id: Of an image.
             tag: Of the label.
-            mask: On the image's grid; its values are those of `names`, else of this folder.
+            mask: On the image's grid; its values are those of `names`, else of this folder, which must know them.
             geometry: The grid.
             names: Value -> name; values are changed to those of this folder.
             info: Kept in the index.
 
         Raises:
             NotHere: if there is no such image.
-            Invalid: if the tag or a name is wrong, or the mask lies on another grid.
+            Invalid: if the tag or a name is wrong, a value has no name, or the mask lies on another grid.
         """
         with self._lock:
             self._check_grid(image_id, geometry)
             path = self._new_label_path(image_id, tag)
+            if names is None:
+                self._check_known(mask)
             write = mask if names is None else self._renumbered(mask, names)
+            notes = None if info is None else _checked_info(self._with_values(info))
             self._keep_replaced(path)
             write_labels(path, write, geometry)
-            self._name_values(write)
-            if info is not None:
-                self._index["labels"].setdefault(tag, {})[image_id] = _checked_info(info)
+            self._note_file(tag, path)
+            of_tag = self._index["labels"].setdefault(tag, {})
+            of_tag.pop(image_id, None)  # what was noted about the label before is not true of this one
+            if notes is not None:
+                of_tag[image_id] = notes
             self._write_index()
         return path
 
@@ -199,17 +212,19 @@ class Datastore:
         with self._lock:
             self._check_grid(image_id, geometry)
             path = self._new_label_path(image_id, tag)
-            value = self._value(name)
             whole = np.zeros(geometry.size, dtype=np.uint8, order="F")
             if path.is_file():
                 present = read_labels(path)
                 if not present.geometry.agrees_with(geometry):
                     raise Conflict("the label that is there lies on another grid than its image; move it away")
                 whole = np.asfortranarray(present.array)
+                self._name_values(whole)  # a new structure must not take the value of one without a name
+            value = self._value(name)
             whole[whole == value] = 0
             whole[mask > 0] = value
             self._keep_replaced(path)
             write_labels(path, whole, geometry)
+            self._note_file(tag, path)
             self._write_index()
         return path, value
 
@@ -282,18 +297,58 @@ class Datastore:
 
     def _renumbered(self, mask: NDArray[np.uint8], names: Mapping[int, str]) -> NDArray[np.uint8]:
         table = np.arange(256, dtype=np.uint8)
-        present = np.flatnonzero(np.bincount(mask.ravel(order="K"), minlength=256))
-        for value in present[present > 0].tolist():
+        for value in _values(mask):
             if value not in names:
                 raise Invalid(f"label value {value}: has no name among those given; name every value")
             table[value] = self._value(names[value])
         return table[mask]
 
+    def _check_known(self, mask: NDArray[np.uint8]) -> None:
+        known = set(self.structures.values())
+        unknown = [value for value in _values(mask) if value not in known]
+        if unknown:
+            raise Invalid(
+                f"label value {unknown[0]}: this folder knows no structure of it; send the names of the values"
+            )
+
+    def _with_values(self, info: Mapping[str, Any]) -> dict[str, Any]:
+        """Notes whose `label_info` has the values of this folder, not those the client sent."""
+        params, known = info.get("params"), self.structures
+        if not isinstance(params, dict) or not isinstance(params.get("label_info"), list):
+            return dict(info)
+        named = [one for one in params["label_info"] if isinstance(one, dict) and str(one.get("name")) in known]
+        stored = [{**one, "idx": known[str(one["name"])]} for one in named]
+        return {**info, "params": {**params, "label_info": stored}}
+
     def _name_values(self, mask: NDArray[np.uint8]) -> None:
-        present = np.flatnonzero(np.bincount(mask.ravel(order="K"), minlength=256)).tolist()
-        for value in present:
-            if value and str(value) not in self._index["structures"]:
-                self._index["structures"][str(value)] = f"label_{value}"
+        for value in _values(mask):
+            if str(value) not in self._index["structures"]:
+                self._index["structures"][str(value)] = self._free_name(f"label_{value}")
+
+    def _free_name(self, name: str) -> str:
+        taken = self.structures
+        while name in taken:
+            name += "_"
+        return name
+
+    def _name_values_of_files(self) -> None:
+        """Names what label files hold that this index has not seen, such as those put there by hand."""
+        changed = False
+        for tag, folder in self._tags().items():
+            for path in sorted(folder.glob("*.nii.gz")):
+                if not is_text(path.name) or self._index["files"].get(f"{tag}/{path.name}") == _version(path):
+                    continue
+                try:
+                    self._name_values(read_labels(path).array)
+                except CtsegError as error:
+                    LOG.warning("a label with the tag %s cannot be read: %s", tag, type(error).__name__)
+                self._note_file(tag, path)
+                changed = True
+        if changed:
+            self._write_index()
+
+    def _note_file(self, tag: str, path: Path) -> None:
+        self._index["files"][f"{tag}/{path.name}"] = _version(path)
 
     def _keep_replaced(self, path: Path) -> None:
         if not path.is_file():
@@ -337,24 +392,62 @@ def _claim(folder: Path) -> int:
 
 
 def _read_index(path: Path) -> dict[str, Any]:
-    """The index, or an empty one in place of what is missing or damaged."""
-    index: dict[str, Any] = {"structures": {}, "images": {}, "labels": {}}
+    """The index, or an empty one if there is none; of a damaged one, which is set aside, what can be used.
+
+    Raises:
+        CtsegError: if it cannot be read.
+    """
+    index: dict[str, Any] = {"structures": {}, "images": {}, "labels": {}, "files": {}}
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        data = json.loads(path.read_bytes())
+    except FileNotFoundError:
         return index
+    except OSError as error:
+        raise CtsegError(f"labels/index.json: cannot be read: {error.strerror}; make it readable") from error
+    except (ValueError, RecursionError):
+        data = None
     for key in index:
         if isinstance(data, dict) and isinstance(data.get(key), dict):
             index[key] = data[key]
-    index["structures"] = {
-        value: name
-        for value, name in index["structures"].items()
-        if value.isdecimal() and 1 <= int(value) <= MAX_STRUCTURES and isinstance(name, str)
-    }
+    index["structures"] = _usable_structures(index["structures"])
+    index["labels"] = {tag: notes for tag, notes in index["labels"].items() if isinstance(notes, dict)}
+    if not isinstance(data, dict) or any(data.get(key, {}) != index[key] for key in index):
+        _set_aside(path)
     return index
 
 
+def _usable_structures(structures: dict[str, Any]) -> dict[str, str]:
+    usable: dict[str, str] = {}
+    for value, name in structures.items():
+        right_value = value.isascii() and value.isdecimal() and len(value) <= 3 and 1 <= int(value) <= MAX_STRUCTURES
+        if right_value and isinstance(name, str) and is_text(name) and name not in usable.values():
+            usable[str(int(value))] = name
+    return usable
+
+
+def _set_aside(path: Path) -> None:
+    number = 1
+    while (kept := path.with_name(f"{path.name}.damaged-{number}")).exists():
+        number += 1
+    with output_errors(path.parent):
+        path.rename(kept)
+    LOG.warning("labels/index.json is damaged; it is now %s, and values without a name are called label_N", kept.name)
+
+
+def _values(mask: NDArray[np.uint8]) -> list[int]:
+    """The values in a label map but 0, in order."""
+    present: list[int] = np.flatnonzero(np.bincount(mask.ravel(order="K"), minlength=256)).tolist()
+    return [value for value in present if value]
+
+
+def _version(path: Path) -> list[int]:
+    """Changes when the file does."""
+    status = path.stat()
+    return [status.st_mtime_ns, status.st_size]
+
+
 def _checked_info(info: Mapping[str, Any]) -> dict[str, Any]:
+    check_json(info, "notes")
     try:
         text = json.dumps(info, allow_nan=False)
     except ValueError as error:

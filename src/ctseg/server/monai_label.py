@@ -24,7 +24,7 @@ from ctseg.server.masks import MEDIA_TYPES, mask_bytes, uncompressed_nrrd
 from ctseg.server.own_api import ServiceHere
 from ctseg.server.problems import Invalid, NotHere, NoToken, WrongFile
 from ctseg.server.run import LOG_LINES
-from ctseg.server.service import Segmentation, Served, Service
+from ctseg.server.service import Segmentation, Served, Service, version
 from ctseg.server.sessions import Entry
 from ctseg.server.tasks import Tasks, start_batch, start_training
 from ctseg.server.transfer import clicks_in, image_for, keep_upload, multipart, one_file
@@ -79,7 +79,7 @@ async def infer(
     async with image_for(service, image=image, session_id=session_id, file=file) as path:
         result = await segment_for(request, service, served, path, given)
     if given.get("save_label") is True and image and not served.takes_clicks:
-        names = {value: name for name, value in served.labels.items()}
+        names = served.names
         tag, save = str(given.get("label_tag", ORIGINAL)), service.datastore.save_label
         await run_in_threadpool(save, image, tag, result.mask, result.geometry, names=names)
     told = json.dumps(
@@ -289,7 +289,7 @@ async def batch_infer(
     served = service.model(model, takes_clicks=False)
     tag = str((params or {}).get("label_tag") or ORIGINAL)
     store = service.datastore
-    known, done = list(store.images()), store.labelled(FINAL)
+    known, done = list(await run_in_threadpool(store.images)), await run_in_threadpool(store.labelled, FINAL)
     chosen = {"all": known, "labeled": list(done), "unlabeled": [i for i in known if i not in done]}[images]
     if not chosen:
         raise Invalid(f"images: there are none that are {images}")
@@ -360,7 +360,7 @@ def auth_valid() -> dict[str, Any]:
 
 def checksum(service: Service, path: Path) -> str:
     """The word SHA256, a colon and the digest of a file, read once while it does not change."""
-    key = ("checksum", str(path), path.stat().st_mtime_ns)
+    key = ("checksum", *version(path))
     return f"SHA256:{service.cache.get(key, lambda: file_sha256(path), lambda _: 256)}"
 
 

@@ -196,17 +196,20 @@ async def save(service: ServiceHere, session: str, body: Save) -> dict[str, Any]
 async def segment(request: Request, service: ServiceHere, body: NewSession) -> Response:
     """The label map of a model that needs no clicks; it is not saved."""
     served = service.model(body.model, takes_clicks=False)
-    path = service.datastore.image(body.image)
+    path = await run_in_threadpool(service.datastore.image, body.image)
     return await _file(await service.segment(request, served, path))
 
 
 @router.put("/images/{image_id}/labels/{tag}", summary="Save a whole label map")
-def put_label(service: ServiceHere, image_id: str, tag: str, file: UploadFile) -> dict[str, Any]:
-    """In place of the one that is there, which is kept in `replaced/`."""
+def put_label(
+    service: ServiceHere, image_id: str, tag: str, file: UploadFile, model: str | None = None
+) -> dict[str, Any]:
+    """In place of the one there, kept in `replaced/`; its values are the folder's, or those of `model`."""
+    names = None if model is None else service.model(model, takes_clicks=False).names
     with received(service, file) as path:
         service.check_size(path)
         label = read_labels(path)
-        service.datastore.save_label(image_id, tag, label.array, label.geometry)
+        service.datastore.save_label(image_id, tag, label.array, label.geometry, names=names)
     return {"image": image_id, "tag": tag, "structures": service.datastore.structures}
 
 

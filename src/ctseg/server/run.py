@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import queue
 import socket
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ctseg.errors import CtsegError
 from ctseg.progress import printable
@@ -22,6 +24,10 @@ from ctseg.progress import printable
 LOG_LINES: deque[str] = deque(maxlen=5000)
 """The newest lines of the log, for clients that ask for them."""
 GRACE_SECONDS = 5
+MAX_CONNECTIONS = 512
+"""More are answered by 503 at once."""
+HEADER_SECONDS = 20.0
+"""A connection on which no request began for so long is closed."""
 MAX_UNWRITTEN = 1000
 """Lines of log that may wait for a slow stderr."""
 
@@ -32,6 +38,22 @@ class Tls:
 
     certificate: Path
     key: Path
+
+
+class _Patient(H11Protocol):
+    """uvicorn's connection; one that sends nothing, or half a header, is closed after some time."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begins to look at the connection now and then."""
+        super().connection_made(transport)
+        self.loop.call_later(HEADER_SECONDS, self._look, None)
+
+    def _look(self, before: object) -> None:
+        waits = self.cycle is None or self.cycle.response_complete
+        if waits and self.cycle is before:
+            self.transport.close()
+        if not self.transport.is_closing():
+            self.loop.call_later(HEADER_SECONDS, self._look, self.cycle)
 
 
 def open_socket(host: str, port: int) -> socket.socket:
@@ -74,6 +96,8 @@ def run(app: FastAPI, bound: socket.socket, tls: Tls | None, stop_requested: Cal
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=GRACE_SECONDS,
+        limit_concurrency=MAX_CONNECTIONS,
+        http=_Patient,
         ws="none",
         **files,  # type: ignore[arg-type]
     )

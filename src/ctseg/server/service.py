@@ -55,6 +55,11 @@ class Served:
         return {} if self.takes_clicks else {name: int(value) for value, name in self.model.recipe.labels.items()}
 
     @property
+    def names(self) -> dict[int, str]:
+        """Value -> name: `labels` the other way round."""
+        return {value: name for name, value in self.labels.items()}
+
+    @property
     def dimensions(self) -> int:
         """2 or 3."""
         return 2 if self.model.recipe.is_2d else 3
@@ -135,7 +140,7 @@ class Service:
         Raises:
             TooLarge: if it has more voxels than the server takes.
         """
-        geometry = self.cache.get(("grid", *_version(path)), lambda: read_geometry(path), lambda _: GRID_BYTES)
+        geometry = self.cache.get(("grid", *version(path)), lambda: read_geometry(path), lambda _: GRID_BYTES)
         voxels = math.prod(geometry.size)
         if voxels > self.settings.max_voxels:
             raise TooLarge(f"image: at most {self.settings.max_voxels} voxels, got {voxels}; crop it")
@@ -144,16 +149,18 @@ class Service:
     def volume(self, path: Path) -> Volume:
         """The CT in a file, from memory if it is there and the file has not changed."""
         self.check_size(path)
-        return self.cache.get(("image", *_version(path)), lambda: read_image(path), lambda v: v.array.nbytes)
+        return self.cache.get(("image", *version(path)), lambda: read_image(path), lambda v: v.array.nbytes)
 
     async def segment(self, request: Request | None, served: Served, path: Path) -> Segmentation:
         """The mask of a model that segments by itself, when its turn comes."""
-        volume = await run_in_threadpool(self.volume, path)
+        geometry = await run_in_threadpool(self.check_size, path)
 
         def work(check: Callable[[], None]) -> NDArray[np.uint8]:
-            return predict(served.model, volume, lambda *_: check())
+            return predict(
+                served.model, self.volume(path), lambda *_: check()
+            )  # read only now: those who wait are many
 
-        return await self._run(request, work, volume.geometry)
+        return await self._run(request, work, geometry)
 
     async def segment_clicks(
         self, request: Request | None, served: Served, path: Path, clicks: Sequence[Click]
@@ -166,11 +173,10 @@ class Service:
         geometry = await run_in_threadpool(self.check_size, path)
         for click in clicks:
             voxel_of(click.point, geometry)
-        key = ("prepared", served.name, *_version(path))
-        volume = None if key in self.cache else await run_in_threadpool(self.volume, path)
+        key = ("prepared", served.name, *version(path))
 
         def prepare() -> Prepared:
-            return prepare_for_clicks(served.model, volume if volume is not None else self.volume(path))
+            return prepare_for_clicks(served.model, self.volume(path))
 
         def num_bytes(prepared: Prepared) -> int:
             return prepared.image_XYZ.nbytes
@@ -222,7 +228,14 @@ def open_service(settings: Settings, models: Sequence[tuple[str, Model]]) -> Ser
     )
 
 
-def _version(path: Path) -> tuple[str, int, int]:
-    """Changes when the file does."""
-    status = path.stat()
+def version(path: Path) -> tuple[str, int, int]:
+    """Changes when the file does.
+
+    Raises:
+        NotHere: if the file is gone.
+    """
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise NotHere("image: its file is gone; GET /api/images lists what is there") from error
     return str(path), status.st_mtime_ns, status.st_size

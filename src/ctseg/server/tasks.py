@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -23,13 +24,16 @@ from ctseg.files import make_folder, write_json
 from ctseg.io.images import read_labels, write_labels
 from ctseg.progress import printable
 from ctseg.server.datastore import FINAL
-from ctseg.server.problems import Conflict, Invalid, TooMany
+from ctseg.server.problems import Busy, Conflict, Invalid, TooMany
 from ctseg.workspace import new_run
 
 if TYPE_CHECKING:
     from ctseg.server.service import Served, Service
 
+LOG = logging.getLogger("ctseg.server")
 KEPT_LINES = 200
+BUSY_SECONDS = 1.0
+"""After it was told that too many wait, the segmenting of many images asks again."""
 STOP_SECONDS = 30.0
 """After a request to stop, a training may save so long before it is ended."""
 VALIDATION_SHARE = 5
@@ -137,7 +141,7 @@ def start_training(service: Service, served: Served, params: Mapping[str, Any]) 
             "--manifest": manifest,
             "--prepared": folder / "prepared",
             "--output": run,
-            "--device": served.model.runtime.device.type,
+            "--device": str(served.model.runtime.device),
             "--set": f"training.epochs={epochs}",
         }
         command = [sys.executable, "-m", "ctseg", "finetune", str(folder / "recipe.json")]
@@ -169,11 +173,11 @@ def start_batch(service: Service, served: Served, images: list[str], tag: str) -
             if task.status == "STOPPED":
                 break
             try:
-                found = await service.segment(None, served, service.datastore.image(image_id))
-                names = {value: name for name, value in served.labels.items()}
-                save = service.datastore.save_label
-                await asyncio.to_thread(save, image_id, tag, found.mask, found.geometry, names=names)
+                await _segment_and_save(service, served, image_id, tag)
             except CtsegError:
+                failed += 1
+            except Exception as error:  # of one image: the others can still be done; its text may name a patient
+                LOG.error("segmenting many images: one failed: %s", type(error).__name__)
                 failed += 1
             task.details.append(f"{number} of {len(images)} images, {failed} failed")
         task.result = {"total": len(images), "failed": failed}
@@ -186,6 +190,18 @@ def start_batch(service: Service, served: Served, images: list[str], tag: str) -
         return lambda: None
 
     return start
+
+
+async def _segment_and_save(service: Service, served: Served, image_id: str, tag: str) -> None:
+    store = service.datastore
+    path = await asyncio.to_thread(store.image, image_id)
+    while True:
+        try:
+            found = await service.segment(None, served, path)
+            break
+        except Busy:
+            await asyncio.sleep(BUSY_SECONDS)
+    await asyncio.to_thread(store.save_label, image_id, tag, found.mask, found.geometry, names=served.names)
 
 
 def _write_manifest(service: Service, served: Served, folder: Path) -> Path:

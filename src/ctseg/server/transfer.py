@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import shutil
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from ctseg.engine.session import voxel_of
 from ctseg.server.masks import MEDIA_TYPES
 from ctseg.server.problems import Invalid
 from ctseg.server.service import MAX_CLICKS, Service, Upload
+from ctseg.server.texts import read_json
 from ctseg.server.uploads import received
 from ctseg.volume import Geometry
 
@@ -79,10 +79,7 @@ def clicks_in(params: Mapping[str, Any], geometry: Geometry) -> list[Click]:
 
 def _points(value: Any, key: str) -> list[list[float]]:
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise Invalid(f"{key}: expected a list of [x, y, z], got text that is not JSON") from error
+        value = read_json(value, key)
     points = [] if value is None else value
     if not isinstance(points, list) or len(points) > MAX_CLICKS or not all(_is_point(point) for point in points):
         raise Invalid(f"{key}: expected a list of at most {MAX_CLICKS} voxels [x, y, z]")

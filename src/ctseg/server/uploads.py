@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from ctseg.io.images import read_image
 from ctseg.manifest import IMAGE_SUFFIXES, image_stem, is_image_name
 from ctseg.server.problems import Invalid, WrongFile
 from ctseg.server.service import Service
+from ctseg.server.texts import read_json
 
 
 @contextmanager
@@ -65,14 +65,7 @@ def plain_object(text: str, what: str = "params") -> dict[str, Any]:
     Raises:
         Invalid: if it is something else.
     """
-    try:
-        data = json.loads(text or "{}", parse_constant=_refuse)
-    except (ValueError, RecursionError) as error:
-        raise Invalid(f"{what}: expected a JSON object, got something that is not valid JSON") from error
+    data = read_json(text or "{}", what)
     if not isinstance(data, dict):
         raise Invalid(f"{what}: expected a JSON object, got {type(data).__name__}")
     return data
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(constant)

@@ -3,7 +3,7 @@
 import { bytes, forget, json } from './requests.js';
 import { listen, listenDrop } from './controls.js';
 import * as panel from './panel.js';
-import { openViewer } from './viewer.js';
+import { maskOf, openViewer } from './viewer.js';
 
 const { element } = panel;
 const GONE = [404, 440]; // what the server answers of a session that it does not have
@@ -15,30 +15,43 @@ const state = {
   images: [],
   image: '', // the id of the open one
   session: null,
-  clicks: [], // {shown, voxel, positive}, also those on their way to the server
-  whole: null, // the label map of an automatic model, as a file
+  clicks: [], // {shown, voxel, positive, isCounted, isLeaving}, also those on their way to the server
+  whole: null, // {file, model}: the label map of an automatic model
   unsaved: false,
+  generation: 0, // raised when what was being done is left: answers to it come too late then
 };
 let work = Promise.resolve();
 let waiting = 0;
 
-/** Runs one task after the other, says what goes on, and tells what went wrong. */
+/**
+ * Runs one task after the other, says what goes on, and tells what went wrong.
+ *
+ * The task gets a function: whether what it was begun for has been left. To be asked after each wait.
+ */
 function enqueue(text, task) {
+  const { generation } = state;
+  const isLeft = () => state.generation !== generation;
   waiting += 1;
   work = work.then(async () => {
     panel.showBusy(text);
     try {
-      await task();
+      await task(isLeft);
     } catch (problem) {
-      if (problem.status !== undefined) panel.showError(problem.message);
-      else panel.showError(`Something went wrong in this page: ${problem.message}`);
-      if (GONE.includes(problem.status) && problem.path.startsWith('/api/sessions/')) forgetMask();
+      tell(problem, isLeft());
     }
     waiting -= 1;
     if (!waiting) panel.showBusy('');
     render();
   });
   return work;
+}
+
+function tell(problem, wasLeft) {
+  const isGone = GONE.includes(problem.status) && problem.path.startsWith('/api/sessions/');
+  if (isGone && wasLeft) return; // this page has ended that session itself
+  if (problem.status !== undefined) panel.showError(problem.message);
+  else panel.showError(`Something went wrong in this page: ${problem.message}`);
+  if (isGone) forgetMask();
 }
 
 async function start() {
@@ -83,6 +96,7 @@ function leave() {
 }
 
 function forgetMask() {
+  state.generation += 1;
   Object.assign(state, { session: null, clicks: [], whole: null, unsaved: false });
   state.viewer.clearMask();
 }
@@ -98,7 +112,10 @@ async function openImage(id) {
   await enqueue('Loading the image…', async () => {
     if (state.image !== id) return;
     state.viewer.close();
-    if (id) await state.viewer.open(await bytes('GET', `/api/images/${encodeURIComponent(id)}/file`), panel.chosenWindow());
+    element('canvas').dataset.image = '';
+    const file = id && (await bytes('GET', `/api/images/${encodeURIComponent(id)}/file`));
+    if (state.image !== id) return;
+    if (id) await state.viewer.open(file, panel.chosenWindow());
     element('canvas').dataset.image = id;
     element('canvas').focus({ preventScroll: true });
   });
@@ -133,46 +150,76 @@ function click(shown, positive) {
     return;
   }
   const { image } = state;
+  if (element('canvas').dataset.image !== image) return; // the picture is still that of another one
   const { name } = model();
-  const one = { shown, voxel: state.viewer.voxel(shown), positive };
+  const one = { shown, voxel: state.viewer.voxel(shown), positive, isCounted: false, isLeaving: false };
   state.clicks.push(one);
-  enqueue('Segmenting…', async () => {
-    if (!state.clicks.includes(one)) return; // another image or model since then
+  enqueue('Segmenting…', async (isLeft) => {
+    if (isLeft()) return;
     try {
-      state.session ??= (await json('POST', '/api/sessions', { image, model: name })).session;
-      const path = `/api/sessions/${state.session}/clicks`;
-      await showMask(await bytes('POST', path, { position: one.voxel, positive, coordinates: 'voxel' }), one);
+      const session = await openSession(image, name, isLeft);
+      if (isLeft()) return;
+      const body = { position: one.voxel, positive, coordinates: 'voxel' };
+      const mask = await bytes('POST', `/api/sessions/${session}/clicks`, body);
+      one.isCounted = true;
+      await showMask(mask, isLeft);
     } catch (problem) {
-      state.clicks = state.clicks.filter((other) => other !== one);
+      if (!one.isCounted) drop([one]);
       throw problem;
     }
   });
 }
 
-/** Shows what the server made of a click, unless that was left in the meantime. */
-async function showMask(mask, one) {
-  if (!state.clicks.includes(one)) return;
-  await state.viewer.setMask(mask);
+/** The session of what is open; one that comes too late is ended. */
+async function openSession(image, name, isLeft) {
+  if (state.session) return state.session;
+  const { session } = await json('POST', '/api/sessions', { image, model: name });
+  if (isLeft()) forget(`/api/sessions/${session}`);
+  else state.session = session;
+  return session;
+}
+
+function drop(clicks) {
+  state.clicks = state.clicks.filter((one) => !clicks.includes(one));
+}
+
+/** Shows a mask that the server has made, unless what it is of was left in the meantime. */
+async function showMask(file, isLeft) {
+  const mask = await maskOf(file);
+  if (isLeft()) return;
+  state.viewer.setMask(mask);
   state.unsaved = true;
   panel.showStatus('');
   panel.showError('');
 }
 
+/** Takes back the last click that was there when this was called. */
 function undo() {
-  enqueue('Undoing…', async () => {
-    if (!state.session || !state.clicks.length) return;
-    const mask = await bytes('POST', `/api/sessions/${state.session}/undo`);
-    state.clicks.pop();
-    if (state.clicks.length) await showMask(mask, state.clicks[0]);
-    else clearMask();
-  });
+  const one = state.clicks.filter(({ isLeaving }) => !isLeaving).pop();
+  if (one) takeBack('Undoing…', 'undo', [one]);
 }
 
+/** Takes back the clicks that were there when this was called. */
 function reset() {
-  enqueue('Removing all clicks…', async () => {
-    if (state.session) await bytes('POST', `/api/sessions/${state.session}/reset`);
-    state.clicks = [];
-    clearMask();
+  takeBack('Removing all clicks…', 'reset', [...state.clicks]);
+}
+
+/** Later clicks are sent after this one's answer, so that the server takes back the same ones. */
+function takeBack(text, how, clicks) {
+  for (const one of clicks) one.isLeaving = true;
+  enqueue(text, async (isLeft) => {
+    try {
+      const counted = state.clicks.filter(({ isCounted }) => isCounted);
+      const isSame = how === 'reset' || counted.at(-1) === clicks[0]; // not if that click has failed
+      if (isLeft() || !counted.length || !isSame) return;
+      const mask = await bytes('POST', `/api/sessions/${state.session}/${how}`);
+      if (isLeft()) return;
+      drop(clicks);
+      if (state.clicks.some(({ isCounted }) => isCounted)) await showMask(mask, isLeft);
+      else clearMask();
+    } finally {
+      for (const one of clicks) one.isLeaving = false;
+    }
   });
 }
 
@@ -184,12 +231,11 @@ function clearMask() {
 function segment() {
   const { image } = state;
   const { name } = model();
-  enqueue('Segmenting the image…', async () => {
-    const labels = await bytes('POST', '/api/segment', { image, model: name });
-    if (state.image !== image || model()?.name !== name) return;
-    await state.viewer.setMask(labels);
-    Object.assign(state, { whole: labels, unsaved: true });
-    panel.showError('');
+  enqueue('Segmenting the image…', async (isLeft) => {
+    if (isLeft()) return;
+    const file = await bytes('POST', '/api/segment', { image, model: name });
+    await showMask(file, isLeft);
+    if (!isLeft()) state.whole = { file, model: name };
   });
 }
 
@@ -199,25 +245,30 @@ function save() {
 }
 
 function saveStructure(label) {
-  enqueue('Saving…', async () => {
+  const { image } = state;
+  enqueue('Saving…', async (isLeft) => {
+    if (isLeft()) return;
     await json('POST', `/api/sessions/${state.session}/save`, { label, tag: 'final' });
-    await saved(`Saved “${label}” in the final label of ${state.image}.`);
+    await saved(`Saved “${label}” in the final label of ${image}.`, isLeft);
   });
 }
 
 function saveWhole() {
-  const isThere = state.images.some((image) => image.id === state.image && panel.hasFinal(image));
+  const { image, whole } = state;
+  const isThere = state.images.some((one) => one.id === image && panel.hasFinal(one));
   if (isThere && !window.confirm('This image has a final label already. Put it aside and save this one?')) return;
   const form = new FormData();
-  form.append('file', new Blob([state.whole]), 'label.nii.gz');
-  enqueue('Saving…', async () => {
-    await json('PUT', `/api/images/${encodeURIComponent(state.image)}/labels/final`, form);
-    await saved(`Saved the final label of ${state.image}.`);
+  form.append('file', new Blob([whole.file]), 'label.nii.gz');
+  enqueue('Saving…', async (isLeft) => {
+    if (isLeft()) return;
+    const path = `/api/images/${encodeURIComponent(image)}/labels/final?model=${encodeURIComponent(whole.model)}`;
+    await json('PUT', path, form);
+    await saved(`Saved the final label of ${image}.`, isLeft);
   });
 }
 
-async function saved(text) {
-  state.unsaved = false;
+async function saved(text, isLeft) {
+  if (!isLeft()) state.unsaved = false;
   panel.showStatus(text);
   await refreshImages();
 }

@@ -1,6 +1,7 @@
 /** Requests to the server this page came from. */
 
 const TOKEN = 'ctseg-token';
+const PRINTABLE = /^[ -~]+$/; // others cannot be sent in a header
 let asking = null;
 
 /** What the server, or the lack of one, has to say; `status` is 0 where it did not answer. */
@@ -36,7 +37,7 @@ async function send(method, path, body) {
     if (response.ok) return response;
     if (response.status !== 401) throw new ApiError(await reason(response), response.status, path);
     // Another request may have asked in the meantime.
-    if (token === sessionStorage.getItem(TOKEN)) await askToken(token !== null);
+    if (token === sessionStorage.getItem(TOKEN)) await askToken(token === null ? 'This server asks for a token' : 'That token is not the right one');
   }
 }
 
@@ -70,16 +71,15 @@ async function reason(response) {
 }
 
 /** Asks once, however many requests wait for it. */
-function askToken(wasWrong) {
-  asking ??= showTokenDialog(wasWrong).finally(() => { asking = null; });
+function askToken(text) {
+  asking ??= showTokenDialog(text).finally(() => { asking = null; });
   return asking;
 }
 
-function showTokenDialog(wasWrong) {
+function showTokenDialog(text) {
   const dialog = document.getElementById('token-dialog');
   const field = document.getElementById('token');
-  const title = document.getElementById('token-title');
-  title.textContent = wasWrong ? 'That token is not the right one' : 'This server asks for a token';
+  document.getElementById('token-title').textContent = text;
   field.value = '';
   dialog.returnValue = '';
   dialog.showModal();
@@ -88,6 +88,7 @@ function showTokenDialog(wasWrong) {
       const token = field.value.trim();
       field.value = '';
       if (dialog.returnValue !== 'ok') return reject(new ApiError('Nothing can be done here without the token.', 401, ''));
+      if (!PRINTABLE.test(token)) return resolve(showTokenDialog('A token has only plain letters, digits and signs (ASCII)'));
       sessionStorage.setItem(TOKEN, token);
       return resolve();
     }, { once: true });

@@ -108,9 +108,8 @@ class Viewer {
     this.drawn();
   }
 
-  /** Lays a mask on the image: a NIfTI file on the same grid, bytes, gzipped or not. */
-  async setMask(buffer) {
-    const { size, voxels } = readMask(await unzipped(buffer));
+  /** Lays a mask of the same grid on the image. */
+  setMask({ size, voxels }) {
     if (size.some((n, axis) => n !== this.image.hdr.dims[axis + 1])) throw new Error('The mask is not on the grid of the image.');
     if (!this.masked) this.niivue.createEmptyDrawing();
     this.masked = true;
@@ -259,13 +258,17 @@ class Viewer {
   }
 }
 
+/** The size and the bytes of a mask in a NIfTI file, gzipped or not, in the file's order. */
+export async function maskOf(buffer) {
+  return readMask(await unzipped(buffer));
+}
+
 async function unzipped(buffer) {
   const [first, second] = new Uint8Array(buffer, 0, 2);
   if (first !== 0x1f || second !== 0x8b) return buffer;
   return new Response(new Blob([buffer]).stream().pipeThrough(new DecompressionStream('gzip'))).arrayBuffer();
 }
 
-/** The size and the bytes of a NIfTI-1 mask, in the file's order. */
 function readMask(buffer) {
   const header = new DataView(buffer);
   const isMask = buffer.byteLength >= 352 && header.getInt32(0, true) === 348 && header.getInt16(70, true) === 2;
