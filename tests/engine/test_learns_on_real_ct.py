@@ -10,7 +10,7 @@ import pytest
 
 from ctseg.engine.click_evaluate import evaluate_clicks
 from ctseg.engine.evaluate import evaluate
-from ctseg.engine.model import load_model
+from ctseg.engine.model import fast_in_bfloat16, load_model
 from ctseg.engine.predict import predict
 from ctseg.engine.runtime import cpu_has_bfloat16, start_runtime
 from ctseg.engine.train import train
@@ -106,7 +106,8 @@ def fast_dice(checkpoint: Path, image: Path) -> float:
     """Dice of the mask with `--fast` against the exact one."""
     volume = read_image(image)
     exact = predict(load_model(checkpoint, start_runtime("cpu", "float32")), volume)
-    fast = predict(load_model(checkpoint, start_runtime("cpu", fast=True)), volume, fast=True)
+    runtime = start_runtime("cpu", fast=fast_in_bfloat16(checkpoint))
+    fast = predict(load_model(checkpoint, runtime), volume, fast=True)
     assert exact.any()
     value = dice(fast, exact)
     assert value is not None
