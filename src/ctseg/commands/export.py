@@ -10,6 +10,7 @@ import typer
 
 from ctseg.commands.common import DeviceOption, JsonFlag, ModelOption, emit, pairs
 from ctseg.errors import CtsegError, ModelError
+from ctseg.files import make_folder
 from ctseg.workspace import EXPORT_SUFFIXES, resolve_model
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def export(
         raise ModelError(f"model '{path}': already exported; name a checkpoint (.pt) or a run")
     target = output or path.with_name("bundle" if file_format == "bundle" else f"model{EXPORT_SUFFIXES[file_format]}")
     _check_target(target, file_format)
+    make_folder(target.parent)
     from ctseg.engine.export import export as run
     from ctseg.engine.export import export_bundle
     from ctseg.engine.runtime import running

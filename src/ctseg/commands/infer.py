@@ -101,8 +101,9 @@ def infer(
     in_parts = _launches(gpus, device)
     with make_progress(quiet) as progress:
         jobs = find_jobs(inputs, output, options, progress)
-    if in_parts:
+    if not dry_run:
         make_folder(output)
+    if in_parts:
         _infer_in_parts(gpus or 1, shard, path, as_json)
         return
     from ctseg.engine.infer import infer as run
@@ -117,8 +118,6 @@ def infer(
     ):
         loaded = load_model(path, runtime, backend, progress.note)
         check_no_clicks(loaded.recipe, path)
-        if not dry_run:
-            make_folder(output)
         progress.note(f"model {path} on {runtime.describe()}, {loaded.backend}{', fast' if fast else ''}{_part(part)}")
         todo = [job for job in part.take(jobs) if overwrite or not job.is_done]
         plans = plan_run(

@@ -68,6 +68,7 @@ def validate(
     target = output or (run_of(path) or Path()) / f"validation-{split}{'-fast' if fast else ''}"
     with make_progress(quiet) as progress:
         found = _find_cases(path, manifest, data, split, progress)
+        make_folder(target)
         from ctseg.engine.click_evaluate import evaluate_clicks, write_click_evaluation
         from ctseg.engine.evaluate import evaluate, write_evaluation
         from ctseg.engine.model import fast_in_bfloat16, load_model
@@ -77,7 +78,6 @@ def validate(
             loaded = load_model(path, runtime)
             progress.note(f"model {path} on {runtime.describe()}{', fast' if fast else ''}")
             _check_click_options(loaded.recipe, clicks, seed, overlays=overlays, fast=fast)
-            make_folder(target)
             listed = found or find_data(loaded.recipe.data.manifest, data, progress)
             cases = listed.split(split)
             evaluation: Evaluation | ClickEvaluation
