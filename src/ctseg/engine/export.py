@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ctseg.arrays import cut_box
 from ctseg.engine.backends.onnx import OPSET, to_onnx
 from ctseg.engine.bundle import bundle_forward, staging_folder, write_bundle
 from ctseg.engine.model import Forward, forward_of, load_model, load_network
@@ -27,7 +28,6 @@ from ctseg.errors import CtsegError, ModelError
 from ctseg.files import atomic_path, make_folder, output_errors
 from ctseg.preprocess import prepare
 from ctseg.recipe import RECIPE_ENTRY, Recipe
-from ctseg.sampling import cut_patch
 from ctseg.sources.phantom import make_phantom
 from ctseg.workspace import EXPORT_SUFFIXES
 
@@ -156,4 +156,4 @@ def _probe_windows(recipe: Recipe, runtime: Runtime) -> list[Tensor]:
     shape = tuple(int(n) for n in np.maximum(image_XYZ.shape, size))
     starts = list(window_starts((shape[0], shape[1], shape[2]), size, recipe.inference.overlap))
     chosen = [starts[0], starts[len(starts) // 2]]
-    return [cut_patch(image_XYZ, start, size) for start in chosen]
+    return [cut_box(image_XYZ, start, size) for start in chosen]
