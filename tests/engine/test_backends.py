@@ -101,7 +101,7 @@ def test_bfloat16_is_close_to_float32_and_not_the_same(
     size = NETWORKS[name][2]
     with torch.inference_mode():
         wanted = network(windows(size))
-    runtime = Runtime(torch.device("cpu"), torch.bfloat16)
+    runtime = Runtime(torch.device("cpu"), "bfloat16")
     forward = backend.load(backend.compile_network(fold_for_inference(network), size, runtime), size, runtime)
     got = forward(windows(size))
     assert got.dtype == torch.float32
@@ -122,7 +122,7 @@ def test_windows_of_another_size_are_a_bug(
 @pytest.mark.parametrize("backend", ["torch", pytest.param("openvino", marks=needs_openvino)])
 def test_masks_of_a_trained_network_agree(tiny_checkpoint: Path, cpu: Runtime, backend: str) -> None:
     """Organs of 5 000 to 10 000 voxels; reduced precision moves the border of larger ones by less."""
-    reduced = Runtime(torch.device("cpu"), torch.bfloat16)
+    reduced = Runtime(torch.device("cpu"), "bfloat16")
     eager = load_model(tiny_checkpoint, cpu)
     eager = replace(eager, forward=forward_of(load_network(tiny_checkpoint)[1], cpu))
     exact, close = load_model(tiny_checkpoint, cpu, backend), load_model(tiny_checkpoint, reduced, backend)

@@ -80,11 +80,25 @@ def predict(
         NotEnoughMemory: if it does not fit the device.
         OutputError: if the disk has no room for what is to lie there.
     """
+    return predict_taken(model, lambda: volume, on_window, clock=clock, placement=placement, fast=fast)
+
+
+def predict_taken(
+    model: Model,
+    take: Callable[[], Volume],
+    on_window: OnWindow | None = None,
+    *,
+    clock: Clock | None = None,
+    placement: Placement = IN_MEMORY,
+    fast: bool = False,
+) -> NDArray[np.uint8]:
+    """As `predict`, of the CT that `take` gives: unless somebody else holds it, its memory is free once prepared."""
+    volume, clock, device = take(), clock or Clock(), model.runtime.device
     size = "x".join(map(str, volume.geometry.size))
-    clock, device = clock or Clock(), model.runtime.device
     with memory_errors(f"a CT of {size} voxels", device):
         with clock.stage("prepare", device):
             prepared = prepare(volume, model.recipe.preprocess, device, placement.grids)
+            del volume
         with clock.stage("network", device):
             inference = model.recipe.inference
             logits = window_logits(model, prepared.image_XYZ, inference, on_window, placement.grids, fast=fast)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+import numpy as np
+from numpy.typing import NDArray
 
-from ctseg.engine.backends import Forward, Window, example_of, one_by_one
-from ctseg.engine.backends.torchscript import trace
+from ctseg.engine.backends import Forward, Window, example_of, on_host, one_by_one
 from ctseg.engine.runtime import Runtime
+
+if TYPE_CHECKING:
+    from torch import nn
 
 LIBRARY = "openvino"
 PRECISIONS: tuple[str, ...] = ("float32", "bfloat16")
@@ -20,8 +22,11 @@ HINTS = {"float32": "f32", "bfloat16": "bf16"}
 def compile_network(network: nn.Module, window: Window, runtime: Runtime) -> bytes:
     """The network as OpenVINO keeps it, for windows of this size."""
     openvino = _import_openvino()
+    import torch
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
+    from ctseg.engine.backends.torchscript import trace
 
     network.eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # stubs lack it
     frontend = FrontEndManager().load_by_framework("pytorch")
@@ -38,11 +43,11 @@ def load(content: bytes, window: Window, runtime: Runtime) -> Forward:
     compiled = _import_openvino().Core().import_model(content, "CPU", _settings(runtime))
     request = compiled.create_infer_request()
 
-    def run(image_BCXYZ: Tensor) -> Tensor:
-        (logits,) = request.infer({0: image_BCXYZ.contiguous().numpy()}, share_inputs=True).values()
-        return torch.from_numpy(logits)
+    def run(image_BCXYZ: NDArray[np.float32]) -> NDArray[np.float32]:
+        (logits,) = request.infer({0: image_BCXYZ}, share_inputs=True).values()
+        return np.asarray(logits)
 
-    return one_by_one(run, window)
+    return one_by_one(on_host(run), window)
 
 
 def _settings(runtime: Runtime) -> dict[str, Any]:
@@ -50,7 +55,7 @@ def _settings(runtime: Runtime) -> dict[str, Any]:
     return {
         "INFERENCE_PRECISION_HINT": HINTS[runtime.precision],
         "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_NUM_THREADS": runtime.threads,
         "ENABLE_CPU_PINNING": False,
     }
 
