@@ -39,7 +39,7 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}
 In bfloat16 rounding alone makes a tenth with fresh weights; only what is plainly wrong is ruled out there.
 """
 CALLS = 3
-VERSION = 2
+VERSION = 3
 """To be raised whenever the same network is compiled in another way."""
 
 Source = Callable[[], "tuple[Recipe, nn.Module]"]
@@ -75,9 +75,10 @@ def compiled_network(sha256: str, source: Source, runtime: Runtime, backend: str
     def folded() -> tuple[Recipe, nn.Module]:
         note("first run of this model here: its network is compiled, later runs start faster")
         from ctseg.networks import fold_for_inference
+        from ctseg.phases import finest_level_in_phases
 
         recipe, network = source()
-        return recipe, fold_for_inference(network)
+        return recipe, finest_level_in_phases(fold_for_inference(network))
 
     opened = functools.cache(lambda name: _open(sha256, folded, runtime, name))
     if backend != "auto":

@@ -153,7 +153,7 @@ def window_logits(
     done: list[Start] = []
     for number, (group, calls) in enumerate(groups, start=1):
         logits_BCXYZ = forward(xp.stack([cut_box(image_XYZ, start, window) for start in group])[:, None])
-        if num_classes == 2:
+        if logits_BCXYZ.shape[1] > channels:  # two classes, unless it is their difference already
             logits_BCXYZ = logits_BCXYZ[:, 1:] - logits_BCXYZ[:, :1]
         for start, logits_CXYZ in zip(group, logits_BCXYZ[..., x, y, z], strict=True):
             to_x, to_y, to_z = (slice(s, s + n) for s, n in zip(start, held, strict=True))

@@ -192,7 +192,6 @@ def start_on_host(precision: str = "auto", *, fast: bool = False) -> Runtime:
         DeviceError: if the precision is not to be had here.
     """
     slurm.join(os.environ)
-    tune_allocator()
     if precision == "auto" and fast and cpu_has_bfloat16():
         precision = "bfloat16"
     return Runtime(HOST, _choose_precision(precision, HOST, amp=False))

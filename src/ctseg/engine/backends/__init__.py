@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Forward: TypeAlias = Callable[[Array], Array]
-"""image_BCXYZ float32 -> logits_BCXYZ float32 on the same device and of the same library, without gradients."""
+"""image_BCXYZ float32 -> logits_BCXYZ float32 on the same device and of the same library, without gradients.
+
+One channel for each class, or, of two classes, one: the second one's logit minus the first one's.
+"""
 Window = tuple[int, int, int]
 
 
