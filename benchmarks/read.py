@@ -147,7 +147,10 @@ def compare(kind: str, path: Path, repetitions: int) -> None:
 def _print_table(path: Path, results: dict[str, list[Run]]) -> None:
     ours = results["ctseg"]
     print(f"\n{path.name}")
-    print(f"{'':12}{'seconds':>24}{'times ctseg':>24}{'CPU s':>8}{'peak MB':>10}  type      same voxels, same affine as ctseg")
+    print(
+        f"{'':12}{'seconds':>24}{'times ctseg':>24}{'CPU s':>8}{'peak MB':>10}  "
+        f"type      same voxels, same affine as ctseg"
+    )
     for name, runs in results.items():
         seconds = [r.printed["seconds"] for r in runs]
         times = ratios(seconds, [r.printed["seconds"] for r in ours])
