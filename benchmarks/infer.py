@@ -1,7 +1,8 @@
 """`ctseg infer` against others on the same weights and CT: whole processes, stage by stage, and the masks.
 
-    python benchmarks/infer.py --model runs/spleen-001 | --fresh lung [--volume CT.nii.gz ...] [--window 96 96 96]
-        [--way bundle chain tiling torch:float32 openvino:float32 openvino:bfloat16 openvino:fast] [--repetitions 5]
+    python benchmarks/infer.py --model runs/spleen-001 | --fresh lung [--volume CT.nii.gz ...]
+        [--way bundle chain tiling torch:float32 openvino:float32 openvino:bfloat16 openvino:fast]
+        [--window 96 96 96] [--overlap 0.5] [--repetitions 5]
 
 "bundle" is `python -m monai.bundle run` of the checkpoint exported as a MONAI bundle, the way of MONAI's Model Zoo;
 "chain" and "tiling" are in `stock.py`. BACKEND:PRECISION and BACKEND:fast are the command `ctseg infer` as anyone types
@@ -9,7 +10,7 @@ it, start-up included. All run in turn, each in a fresh process, after a round t
 way of ctseg runs once with an empty cache of compiled networks ("cold"). Files are in the system's cache.
 
 Without --volume made CTs of 512 x 512 x 120 and 512 x 512 x 400 are used; `made:1000` makes one of 1000 slices.
---window takes these windows, with an overlap of 0.5, instead of the recipe's. --fresh takes a recipe with made weights,
+--window and --overlap replace the recipe's. --fresh takes a recipe with made weights,
 where nothing was trained: its masks mean nothing, but they must be the same. Ratios are against the first way.
 """
 
@@ -180,10 +181,10 @@ def make_checkpoint(options: argparse.Namespace, folder: Path) -> Path:
         save_checkpoint(path, {"recipe": recipe.to_dict(), "model": network.state_dict()})
     else:
         shutil.copyfile(resolve_model(options.model), path)
-    if options.window:
-        content = torch.load(path, weights_only=True)
-        content["recipe"]["inference"] |= {"window_size": options.window, "overlap": 0.5}
-        torch.save(content, path)
+    asked = {"window_size": options.window, "overlap": options.overlap}
+    content = torch.load(path, weights_only=True)
+    content["recipe"]["inference"] |= {key: value for key, value in asked.items() if value is not None}
+    torch.save(content, path)
     return path
 
 
@@ -203,6 +204,7 @@ def main() -> None:
     weights.add_argument("--fresh", metavar="RECIPE")
     parser.add_argument("--volume", nargs="+", default=list(MADE))
     parser.add_argument("--window", type=int, nargs=3)
+    parser.add_argument("--overlap", type=float)
     parser.add_argument("--way", nargs="+", default=list(WAYS))
     parser.add_argument("--repetitions", type=int, default=5)
     options = parser.parse_args()
