@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -387,8 +388,12 @@ def test_the_table_of_several_processes_is_that_of_one(
     assert "spleen_ml" in several.out
 
 
+@pytest.mark.parametrize(
+    "backend",
+    ["torch", pytest.param("openvino", marks=pytest.mark.skipif(find_spec("openvino") is None, reason="no OpenVINO"))],
+)
 def test_stopped_by_a_signal_and_done_by_the_same_command(
-    cli: Callable[..., Any], cts: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    cli: Callable[..., Any], cts: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, backend: str
 ):
     from ctseg.engine import infer as engine
 
@@ -401,7 +406,7 @@ def test_stopped_by_a_signal_and_done_by_the_same_command(
 
     monkeypatch.setattr(engine, "predict_taken", signalled)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
-    call = ("infer", "cts", "--output", "masks", "--model", tiny_model)
+    call = ("infer", "cts", "--output", "masks", "--model", tiny_model, "--device", "cpu", "--backend", backend)
     try:
         result = cli(*call)
     finally:

@@ -1,7 +1,6 @@
 """Every backend gives the eager network's answer, for every kind of network and in every precision it has."""
 
 import itertools
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -23,10 +22,7 @@ from ctseg.networks import fold_for_inference, network_for
 from ctseg.recipe import Recipe, load_recipe
 from ctseg.sources.phantom import centered_grid, make_phantom
 
-needs_openvino = pytest.mark.skipif(
-    not is_installed("openvino") or "CTSEG_TEST_OPENVINO" not in os.environ,
-    reason="needs OpenVINO and CTSEG_TEST_OPENVINO=1: a signal to a process that has used it can end it",
-)
+needs_openvino = pytest.mark.skipif(not is_installed("openvino"), reason="OpenVINO is not installed")
 BACKENDS = [
     pytest.param(torchscript, id="torch"),
     pytest.param(onnx, id="onnxruntime"),
@@ -146,3 +142,66 @@ assert not [name for name, module in sys.modules.items() if name.startswith("ope
 """
     subprocess.run([sys.executable, "-c", program], check=True, env={"HOME": str(tmp_path)}, timeout=60)
     assert list(tmp_path.iterdir()) == []
+
+
+ALL_SIGNALS_AT_ONCE = """
+import ctypes, gc, os, signal, sys, threading
+import torch
+from torch import nn
+from ctseg.engine.backends import openvino
+from ctseg.engine.runtime import STOP_SIGNALS, Runtime
+
+class Stack(ctypes.Structure):
+    _fields_ = [("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("num_bytes", ctypes.c_size_t)]
+
+def signal_stack():
+    stack = Stack()
+    assert ctypes.CDLL(None).sigaltstack(None, ctypes.byref(stack)) == 0
+    return stack.start, stack.num_bytes
+
+def load(precision):
+    runtime = Runtime(torch.device("cpu"), precision)
+    return openvino.load(openvino.compile_network(network, window, runtime), window, runtime)
+
+def stop():
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    for number in STOP_SIGNALS:
+        os.kill(os.getpid(), number)
+    image = torch.rand(1, 32, *window)
+    for forward in models:
+        forward(image)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+def forget_first():
+    del models[0]
+    gc.collect()
+
+seen = []
+for number in STOP_SIGNALS:
+    signal.signal(number, lambda number, _: seen.append(number))
+before = signal_stack()
+window = (16, 16, 16)
+network = nn.Sequential(*[nn.Conv3d(32, 32, 3, padding=1) for _ in range(3)])
+models = [load(precision) for precision in (None, torch.bfloat16, torch.bfloat16)]
+stop()
+forget_first()
+stop()
+other = threading.Thread(target=forget_first)
+other.start()
+other.join()
+stop()
+forget_first()
+stop()
+assert sorted(seen) == sorted([*STOP_SIGNALS] * 4), seen
+assert signal_stack() == before
+"""
+
+
+@needs_openvino
+@pytest.mark.skipif(sys.platform != "linux", reason="the alternate signal stack is read as Linux lays it out")
+@pytest.mark.parametrize("options", [(), ("-X", "faulthandler")])
+def test_openvino_leaves_signals_to_python_while_models_come_and_go(options: tuple[str, ...]) -> None:
+    """In a process of its own, which a signal would end."""
+    command = [sys.executable, *options, "-c", ALL_SIGNALS_AT_ONCE]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stderr) == (0, "")

@@ -19,10 +19,7 @@ from ctseg.engine.runtime import Runtime
 from ctseg.errors import DeviceError, ModelError
 from ctseg.recipe import Recipe
 
-needs_openvino = pytest.mark.skipif(
-    not is_installed("openvino") or "CTSEG_TEST_OPENVINO" not in os.environ,
-    reason="needs OpenVINO and CTSEG_TEST_OPENVINO=1: a signal to a process that has used it can end it",
-)
+needs_openvino = pytest.mark.skipif(not is_installed("openvino"), reason="OpenVINO is not installed")
 BACKENDS = [
     "torch",
     pytest.param("onnxruntime", marks=pytest.mark.slow),
