@@ -149,7 +149,8 @@ import ctypes, gc, os, signal, sys, threading
 import torch
 from torch import nn
 from ctseg.engine.backends import openvino
-from ctseg.engine.runtime import STOP_SIGNALS, Runtime
+from ctseg.engine.process import STOP_SIGNALS
+from ctseg.engine.runtime import Runtime
 
 class Stack(ctypes.Structure):
     _fields_ = [("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("num_bytes", ctypes.c_size_t)]
@@ -182,7 +183,7 @@ for number in STOP_SIGNALS:
 before = signal_stack()
 window = (16, 16, 16)
 network = nn.Sequential(*[nn.Conv3d(32, 32, 3, padding=1) for _ in range(3)])
-models = [load(precision) for precision in (None, torch.bfloat16, torch.bfloat16)]
+models = [load(precision) for precision in ("float32", "bfloat16", "bfloat16")]
 stop()
 forget_first()
 stop()
