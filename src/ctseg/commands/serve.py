@@ -18,7 +18,9 @@ NEEDED = ("fastapi", "uvicorn", "python_multipart")
 
 
 def serve(
-    studies: Annotated[Path, typer.Option(help="Folder of the CTs (NIfTI, NRRD, MHA); labels go to labels/ in it.")],
+    studies: Annotated[
+        Path, typer.Option(help="Folder of the CTs (NIfTI, NRRD, MHA, DICOM); labels go to labels/ in it.")
+    ],
     model: Annotated[
         list[str] | None,
         typer.Option("--model", help="Run, checkpoint, exported file or recipe; may be repeated. Default: newest run."),

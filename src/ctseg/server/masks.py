@@ -12,7 +12,7 @@ from isal import igzip
 from numpy.typing import NDArray
 
 from ctseg.io import itk, nifti
-from ctseg.io.images import read_image, read_labels
+from ctseg.io.images import read_labels
 from ctseg.server.problems import Invalid
 from ctseg.volume import Geometry, Volume
 
@@ -53,11 +53,6 @@ def mask_of_bytes(content: bytes) -> NDArray[np.uint8]:
         path = Path(folder) / "mask.nii.gz"
         path.write_bytes(content)
         return read_labels(path).array
-
-
-def nifti_bytes(image: Path) -> bytes:
-    """A CT file of any format as `.nii.gz`."""
-    return volume_bytes(read_image(image))
 
 
 def uncompressed_nrrd(content: bytes) -> bytes:
