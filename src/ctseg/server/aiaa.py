@@ -19,10 +19,10 @@ import ctseg
 from ctseg.io.dicom.contours import outlines
 from ctseg.io.images import read_labels
 from ctseg.server.images import FileImage, Image
-from ctseg.server.masks import mask_bytes
+from ctseg.server.masks import result_form
 from ctseg.server.own_api import ServiceHere
 from ctseg.server.problems import Invalid, NotHere, SessionGone
-from ctseg.server.service import Segmentation, Served, Service
+from ctseg.server.service import Served, Service
 from ctseg.server.transfer import image_for, multipart, one_file, segment_for
 from ctseg.server.uploads import plain_object, received
 
@@ -56,7 +56,7 @@ async def segmentation(
     """The mask, and its six extreme points as `points`."""
     served = service.model(model, takes_clicks=False)
     async with _image(service, session_id, datapoint or image) as found:
-        return await _form(await segment_for(request, service, served, found, plain_object(params)), points=True)
+        return await _answer(request, service, served, found, plain_object(params), points=True)
 
 
 @router.post("/deepgrow", summary="Segment by clicks", response_class=Response)
@@ -72,7 +72,7 @@ async def deepgrow(
     """`params` holds `foreground` and `background`, lists of voxels `[x, y, z]`."""
     served = service.model(model, takes_clicks=True)
     async with _image(service, session_id, datapoint or image) as found:
-        return await _form(await segment_for(request, service, served, found, plain_object(params)), points=False)
+        return await _answer(request, service, served, found, plain_object(params), points=False)
 
 
 @router.post("/inference", summary="Segment with any model", response_class=Response)
@@ -88,7 +88,7 @@ async def inference(
     """As the two above."""
     served = service.model(model)
     async with _image(service, session_id, datapoint or image) as found:
-        return await _form(await segment_for(request, service, served, found, plain_object(params)), points=False)
+        return await _answer(request, service, served, found, plain_object(params), points=False)
 
 
 @router.post("/mask2polygon", summary="Outlines of a mask, slice by slice")
@@ -133,12 +133,16 @@ def _image(service: Service, session_id: str | None, file: UploadFile | None) ->
     return image_for(service, file=file)
 
 
-async def _form(result: Segmentation, *, points: bool) -> Response:
-    content = await run_in_threadpool(mask_bytes, result.mask, result.geometry)
+async def _answer(
+    request: Request, service: Service, served: Served, image: Image, params: dict[str, Any], *, points: bool
+) -> Response:
+    form = result_form(params)
+    result = await segment_for(request, service, served, image, params)
+    content = await run_in_threadpool(form.content, result.mask, result.geometry)
     if not points:
-        return multipart({"params": "{}"}, content, ".nii.gz")
+        return multipart({"params": "{}"}, content, form.suffix)
     extreme = extreme_points(result.mask)
-    return multipart({"params": json.dumps({"points": extreme}), "points": json.dumps(extreme)}, content, ".nii.gz")
+    return multipart({"params": json.dumps({"points": extreme}), "points": json.dumps(extreme)}, content, form.suffix)
 
 
 def extreme_points(mask: NDArray[np.uint8]) -> list[list[int]]:

@@ -18,10 +18,10 @@ from starlette.concurrency import run_in_threadpool
 
 import ctseg
 from ctseg.server.datastore import ORIGINAL
-from ctseg.server.masks import MEDIA_TYPES, mask_bytes, uncompressed_nrrd
+from ctseg.server.masks import MEDIA_TYPES, result_form
 from ctseg.server.monai_data import STRATEGIES, FormJson, statistics
 from ctseg.server.own_api import ServiceHere
-from ctseg.server.problems import Invalid, NotHere, NoToken, WrongFile
+from ctseg.server.problems import NotHere, NoToken, WrongFile
 from ctseg.server.run import LOG_LINES
 from ctseg.server.service import Served
 from ctseg.server.sessions import Entry
@@ -64,7 +64,7 @@ async def infer(
     """A form with `params` and `image`, or one of them; `foreground` and `background` in `params` hold clicks."""
     served = service.model(model)
     given = plain_object(params)
-    suffix = _suffix(given)
+    form = result_form(given)
     started = time.perf_counter()
     async with image_for(service, image=image, session_id=session_id, file=file) as found:
         result = await segment_for(request, service, served, found, given)
@@ -77,13 +77,11 @@ async def infer(
     )
     if output == "json":
         return Response(told, media_type="application/json")
-    content = await run_in_threadpool(mask_bytes, result.mask, result.geometry, suffix)
-    if suffix == ".nrrd" and given.get("result_compress") is False:
-        content = await run_in_threadpool(uncompressed_nrrd, content)
+    content = await run_in_threadpool(form.content, result.mask, result.geometry)
     if output == "image":
-        headers = {"Content-Disposition": f'attachment; filename="mask{suffix}"'}
-        return Response(content, media_type=MEDIA_TYPES[suffix], headers=headers)
-    return multipart({"params": told}, content, suffix)
+        headers = {"Content-Disposition": f'attachment; filename="mask{form.suffix}"'}
+        return Response(content, media_type=MEDIA_TYPES[form.suffix], headers=headers)
+    return multipart({"params": told}, content, form.suffix)
 
 
 @router.put("/session/", summary="Send an image for a session of its own")
@@ -179,13 +177,6 @@ def _trainer_info(one: Served) -> dict[str, Any]:
 def _session_info(session_id: str, entry: Entry[Any]) -> dict[str, Any]:
     times = {"create_ts": int(entry.created), "last_access_ts": int(entry.used), "expiry": int(entry.seconds)}
     return {"name": session_id, "path": "", "image": entry.content.image.name, "meta": {}, **times}
-
-
-def _suffix(params: dict[str, Any]) -> str:
-    suffix = params.get("result_extension", ".nii.gz")
-    if not isinstance(suffix, str) or suffix not in MEDIA_TYPES:
-        raise Invalid(f"result_extension: expected one of {', '.join(MEDIA_TYPES)}, got {str(suffix)[:20]!r}")
-    return suffix
 
 
 def _model_file(served: Served) -> Path:
