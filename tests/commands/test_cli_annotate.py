@@ -128,6 +128,10 @@ def test_models_that_need_no_clicks(cli: Callable[..., Any], tiny_model: Path, i
 def test_commands_that_know_no_clicks(cli: Callable[..., Any], click_model: Path, image: Path, tmp_path: Path) -> None:
     infer = cli("infer", image, "--model", click_model, "--output", "masks")
     assert (infer.code, "use `ctseg annotate`" in infer.message) == (2, True)
+    assert not (tmp_path / "masks").exists()
+    (tmp_path / "there").mkdir()
+    assert cli("infer", image, "--model", click_model, "--output", "there/a/b").code == 2
+    assert list((tmp_path / "there").iterdir()) == []
     export = cli("export", "--model", click_model, "--output", "m.ts")
     assert (export.code, "segments by clicks and cannot be exported yet" in export.message) == (2, True)
     overlays = cli("validate", "--model", click_model, "--overlays", "--output", "t")
