@@ -167,7 +167,8 @@ def _readable(found: Found) -> list[SeriesImage]:
             if not codes:
                 try:
                     name = series_name(series, found.series, keep_identifiers=False)
-                    images.append(SeriesImage(name, series.uid, parts_of(series), read_extent(series)))
+                    study_uid = str(series.value("StudyInstanceUID") or "")
+                    images.append(SeriesImage(name, series.uid, study_uid, parts_of(series), read_extent(series)))
                 except CtsegError:
                     codes = {"grid"}
             problems.update(codes)

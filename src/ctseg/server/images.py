@@ -103,12 +103,14 @@ class SeriesImage:
     Attributes:
         id: A pseudonym.
         uid: SeriesInstanceUID, by which OHIF asks; not for logs.
+        study_uid: StudyInstanceUID, which it opens; not for logs.
         parts: Its slices.
         known: What reading it takes.
     """
 
     id: str
     uid: str = field(repr=False)
+    study_uid: str = field(repr=False)
     parts: frozenset[Part] = field(repr=False)
     known: Extent = field(repr=False)
 

@@ -130,13 +130,17 @@ class Index:
             of_tag[image_id] = checked_notes(notes)
 
     def with_values(self, info: Mapping[str, Any]) -> dict[str, Any]:
-        """Notes whose `label_info` has the values of this folder, not those the client sent."""
+        """Notes whose `label_info` and `label_names` have the values of this folder, not those they came with."""
         params, known = info.get("params"), self.structures
-        if not isinstance(params, dict) or not isinstance(params.get("label_info"), list):
+        if not isinstance(params, dict):
             return dict(info)
-        named = [one for one in params["label_info"] if isinstance(one, dict) and str(one.get("name")) in known]
-        stored = [{**one, "idx": known[str(one["name"])]} for one in named]
-        return {**info, "params": {**params, "label_info": stored}}
+        if isinstance(params.get("label_info"), list):
+            named = [one for one in params["label_info"] if isinstance(one, dict) and str(one.get("name")) in known]
+            params = {**params, "label_info": [{**one, "idx": known[str(one["name"])]} for one in named]}
+        if isinstance(params.get("label_names"), dict):
+            values = sorted((known[name], name) for name in params["label_names"] if name in known)
+            params = {**params, "label_names": {name: value for value, name in values}}
+        return {**info, "params": params}
 
     def knows(self, tag: str, path: Path) -> bool:
         """True if the values of a label file were named, and it has not changed since."""

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Body, Form, Response, UploadFile
 from fastapi.responses import FileResponse
 
 from ctseg.server.datastore import FINAL, read_label_of
-from ctseg.server.images import FileImage, Image
+from ctseg.server.images import FileImage, Image, SeriesImage
 from ctseg.server.own_api import ServiceHere
 from ctseg.server.problems import Invalid, NotHere
 from ctseg.server.service import Service
@@ -191,8 +191,10 @@ def _next_sample(service: Service, strategy: str, params: dict[str, Any]) -> dic
     note = {"ts": int(time.time()), "client_id": str(params.get("client_id", ""))[:80]}
     before = store.image_info(chosen).get("strategy")
     store.update_image_info(chosen, {"strategy": {**(before if isinstance(before, dict) else {}), strategy: note}})
-    name = images[chosen].name
-    known = {"id": chosen, "name": name, "path": name, "checksum": checksum(service, images[chosen])}
+    image = images[chosen]
+    known = {"id": chosen, "name": image.name, "path": image.name, "checksum": checksum(service, image)}
+    if isinstance(image, SeriesImage):  # OHIF opens the study
+        known |= {"StudyInstanceUID": image.study_uid, "SeriesInstanceUID": image.uid}
     return {**store.image_info(chosen), **known}
 
 

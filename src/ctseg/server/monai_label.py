@@ -71,7 +71,8 @@ async def infer(
     if given.get("save_label") is True and image and not served.takes_clicks:
         names = served.names
         tag, save = str(given.get("label_tag", ORIGINAL)), service.datastore.save_label
-        await run_in_threadpool(save, image, tag, result.mask, result.geometry, names=names)
+        notes = {"params": {"label_names": served.labels}}
+        await run_in_threadpool(save, image, tag, result.mask, result.geometry, names=names, info=notes)
     told = json.dumps(
         {"label_names": served.labels, "latencies": {"total": round(time.perf_counter() - started, 3)}, "model": model}
     )

@@ -202,7 +202,8 @@ async def _segment_and_save(service: Service, served: Served, image_id: str, tag
             break
         except Busy:
             await asyncio.sleep(BUSY_SECONDS)
-    await asyncio.to_thread(store.save_label, image_id, tag, found.mask, found.geometry, names=served.names)
+    notes = {"params": {"label_names": served.labels}}  # Slicer names what it loads by them
+    await asyncio.to_thread(store.save_label, image_id, tag, found.mask, found.geometry, names=served.names, info=notes)
 
 
 def _write_manifest(service: Service, served: Served, folder: Path) -> Path:
