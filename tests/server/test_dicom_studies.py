@@ -18,6 +18,7 @@ import pydicom
 import pytest
 import SimpleITK
 
+from ctseg.errors import CtsegError
 from ctseg.io.images import read_labels
 from ctseg.server import finder
 from ctseg.server.datastore import Datastore
@@ -87,6 +88,12 @@ def multi_frame(studies: Path) -> None:
 PLACES = [in_folder, nested, loose, zipped, zipped_below, multi_frame]
 
 
+@pytest.fixture(autouse=True)
+def key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the pseudonyms; else one is made in the home folder."""
+    monkeypatch.setenv("CTSEG_PSEUDONYM_KEY", "k" * 40)
+
+
 @pytest.fixture
 def empty(studies: Path) -> Path:
     for path in studies.iterdir():
@@ -140,6 +147,13 @@ def test_its_id_depends_on_the_series_alone(store: Any, empty: Path) -> None:
     shutil.rmtree(empty / "other")
     (empty / "x").rename(empty / "renamed")
     assert only(store()).id == first
+
+
+def test_a_key_that_is_no_key_is_told(store: Any, empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CTSEG_PSEUDONYM_KEY", "short")
+    write_series(empty / "x", plan())
+    with pytest.raises(CtsegError, match="CTSEG_PSEUDONYM_KEY: expected at least 32 characters"):
+        store().images()
 
 
 def test_it_is_asked_for_by_its_uid_too(store: Any, empty: Path) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ctseg.dicom_jobs import is_dicom_or_zip
-from ctseg.errors import CtsegError
+from ctseg.errors import ImageError
 from ctseg.io.dicom.files import MAX_FILES
 from ctseg.io.dicom.headers import pydicom_silent
 from ctseg.io.dicom.names import series_name
@@ -113,12 +113,12 @@ class _Place:
             return False
         files, self._folders, newest_ns = self._walk()
         self._is_settled = _is_settled(newest_ns)
+        changed = self._is_settled and files != self._print
+        if changed:
+            self.series = self._search()
+            self._print = files
         self._due = now + (LOOK_SECONDS if self._is_settled else COPYING_SECONDS)
-        if not self._is_settled or files == self._print:
-            return False
-        self._print = files
-        self.series = self._search()
-        return True
+        return changed
 
     def _folders_changed(self) -> bool:
         return any(_mtime_ns(folder) != before for folder, before in self._folders.items())
@@ -148,13 +148,17 @@ class _Place:
                 yield from (Path(parent, name) for name in sorted(files))
 
     def _search(self) -> list[SeriesImage]:
-        """The CT series that can be read; the log tells what keeps others from it, and of none which."""
+        """The CT series that can be read; the log tells what keeps others from it, and of none which.
+
+        Raises:
+            CtsegError: if there is no key for pseudonyms.
+        """
         try:
             found = find_series(self._paths)
-            return _readable(found)
-        except CtsegError as error:
+        except ImageError as error:
             LOG.warning("DICOM in the studies folder: one place cannot be searched: %s", type(error).__name__)
             return []
+        return _readable(found)
 
 
 def _readable(found: Found) -> list[SeriesImage]:
@@ -163,15 +167,15 @@ def _readable(found: Found) -> list[SeriesImage]:
         for series in found.series:
             if not series.is_ct:
                 continue
-            codes = {problem.code for problem in series.problems}
-            if not codes:
-                try:
-                    name = series_name(series, found.series, keep_identifiers=False)
-                    study_uid = str(series.value("StudyInstanceUID") or "")
-                    images.append(SeriesImage(name, series.uid, study_uid, parts_of(series), read_extent(series)))
-                except CtsegError:
-                    codes = {"grid"}
-            problems.update(codes)
+            if series.problems:
+                problems.update({problem.code for problem in series.problems})
+                continue
+            name = series_name(series, found.series, keep_identifiers=False)
+            study_uid = str(series.value("StudyInstanceUID") or "")
+            try:
+                images.append(SeriesImage(name, series.uid, study_uid, parts_of(series), read_extent(series)))
+            except ImageError:
+                problems["grid"] += 1
     if problems:
         told = ", ".join(f"{code} ({number})" for code, number in sorted(problems.items()))
         LOG.warning("DICOM in the studies folder: CT series were left out: %s; `ctseg dicom ls` tells more", told)
