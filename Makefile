@@ -39,5 +39,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 # A client for tests of `ctseg serve`, beside the packages: it would bring another MONAI and pydicom along. Tests that
 # need it skip without it.
-	-$(BIN)/python -m pip install --no-deps --upgrade --target .venv/monailabel monailabel==0.8.5
+	-$(BIN)/python -m pip install --no-deps --ignore-installed --prefix .venv/monailabel monailabel==0.8.5
 	touch $@

@@ -73,6 +73,22 @@ def test_distances_are_those_of_scipy(shape: tuple[int, int, int], seed: int) ->
     assert np.array_equal(chessboard_distance(torch.from_numpy(region)).numpy(), expected)
 
 
+@pytest.mark.parametrize("shape", [(3, 3, 3), (9, 14, 11), (20, 7, 30), (40, 33, 1), (1, 12, 9), (3, 50, 4)])
+@pytest.mark.parametrize("faces", range(7))
+def test_distances_within_and_at_each_face(shape: tuple[int, int, int], faces: int) -> None:
+    """A region that keeps away from all faces of the array, and ones that touch one of them."""
+    region = np.random.default_rng(faces).random(shape) < 0.97
+    region[tuple(n // 2 for n in shape)] = True
+    for number, (axis, end) in enumerate((axis, end) for axis in range(3) for end in (0, -1)):
+        if number != faces and shape[axis] > 1:
+            region.swapaxes(0, axis)[end] = False
+    expected = ndimage.distance_transform_cdt(region, metric="chessboard")
+    assert region.any()
+    for given in (region, np.asfortranarray(region)):
+        assert np.array_equal(chessboard_distance(torch.from_numpy(given)).numpy(), expected)
+    assert not region.all()
+
+
 def test_distances_of_everything_and_nothing() -> None:
     assert (chessboard_distance(torch.ones(4, 5, 6, dtype=torch.bool)) == -1).all(), "as SciPy has it"
     assert not chessboard_distance(torch.zeros(4, 5, 6, dtype=torch.bool)).any()

@@ -8,7 +8,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,24 @@ def make_folder(path: Path) -> Path:
         if not os.access(path, os.W_OK):
             raise PermissionError(13, "no permission to write here")
     return path
+
+
+@contextmanager
+def folder_if_used(path: Path) -> Iterator[Path]:
+    """`path`, created as by `make_folder`; what was created goes again if an error leaves it empty.
+
+    Raises:
+        OutputError: if it cannot be created or written to.
+    """
+    created = [folder for folder in (path, *path.parents) if not folder.exists()]
+    make_folder(path)
+    try:
+        yield path
+    except BaseException:
+        with suppress(OSError):  # not empty
+            for folder in created:
+                folder.rmdir()
+        raise
 
 
 @contextmanager

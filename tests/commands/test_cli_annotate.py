@@ -125,11 +125,29 @@ def test_models_that_need_no_clicks(cli: Callable[..., Any], tiny_model: Path, i
     assert (result.code, result.message) == (2, "--clicks: recipe spleen:small segments without clicks; leave it out")
 
 
+@pytest.mark.parametrize("file_format", [("torchscript", "m.ts"), ("onnx", "m.onnx")])
+def test_an_exported_model_annotates(
+    cli: Callable[..., Any], click_model: Path, image: Path, tmp_path: Path, file_format: tuple[str, str]
+) -> None:
+    kind, name = file_format
+    assert cli("export", "--model", click_model, "--format", kind, "--output", name).code == 0
+    common = ("annotate", image, "--click", "24,20,15", "--click", "3,4,5-", "--quiet")
+    assert cli(*common, "--model", click_model, "--output", "own.nii.gz").code == 0
+    assert cli(*common, "--model", name, "--output", "exported.nii.gz").code == 0
+    own, exported = (read_labels(tmp_path / f"{one}.nii.gz").array for one in ("own", "exported"))
+    assert (own == exported).mean() >= 0.9999
+    assert exported.any()
+
+
 def test_commands_that_know_no_clicks(cli: Callable[..., Any], click_model: Path, image: Path, tmp_path: Path) -> None:
     infer = cli("infer", image, "--model", click_model, "--output", "masks")
     assert (infer.code, "use `ctseg annotate`" in infer.message) == (2, True)
-    export = cli("export", "--model", click_model, "--output", "m.ts")
-    assert (export.code, "segments by clicks and cannot be exported yet" in export.message) == (2, True)
+    assert not (tmp_path / "masks").exists()
+    (tmp_path / "there").mkdir()
+    assert cli("infer", image, "--model", click_model, "--output", "there/a/b").code == 2
+    assert list((tmp_path / "there").iterdir()) == []
+    export = cli("export", "--model", click_model, "--format", "bundle", "--output", "b")
+    assert (export.code, "segments by clicks" in export.message) == (2, True)
     overlays = cli("validate", "--model", click_model, "--overlays", "--output", "t")
     assert (overlays.code, overlays.message[:11]) == (2, "--overlays:")
 

@@ -330,6 +330,38 @@ def test_shards_do_each_ct_once(cli: Callable[..., Any], cts: Path, tiny_model: 
     assert "part 6/6 of the CTs" in answers[5].err
 
 
+def test_lists_of_another_number_of_parts_lose_what_is_told_anew(
+    cli: Callable[..., Any], cts: Path, tiny_model: Path, tmp_path: Path
+):
+    good = (cts / "two.nii").read_bytes()
+    for name in ("two.nii", "bad.nii", "other.nii"):
+        (cts / name).write_bytes(b"")
+    call = ("infer", "--output", "masks", "--model", tiny_model)
+
+    def lists() -> dict[str, list[str]]:
+        found = {}
+        for path in sorted((tmp_path / "masks").glob("failures*")):
+            found[path.name] = [row["image"] for row in csv.DictReader(path.read_text().splitlines())]
+        return found
+
+    for part in (1, 2, 3):
+        cli(*call, "cts", "--shard", f"{part}/3")
+    listed = [image for images in lists().values() for image in images]
+    assert sorted(listed) == ["cts/bad.nii", "cts/other.nii", "cts/two.nii"]
+    (cts / "two.nii").write_bytes(good)
+    (tmp_path / "masks" / "failures-mine.csv").write_text("image,error\ncts/two.nii,mine\n")
+    assert cli(*call, "cts/two.nii", "cts/bad.nii").code == 1
+    after = lists()
+    assert after.pop("failures-mine.csv") == ["cts/two.nii"]
+    assert after.pop("failures.csv") == ["cts/bad.nii"]
+    assert list(after.values()) == [["cts/other.nii"]]  # which this run was not about
+    for part in (1, 2):
+        cli(*call, "cts", "--shard", f"{part}/2")
+    assert {name for name in lists() if name != "failures-mine.csv"} <= {"failures-1-of-2.csv", "failures-2-of-2.csv"}
+    listed = [image for name, images in lists().items() if name != "failures-mine.csv" for image in images]
+    assert sorted(listed) == ["cts/bad.nii", "cts/other.nii"]
+
+
 def test_a_part_without_a_ct(cli: Callable[..., Any], cts: Path, tiny_model: Path):
     result = cli("infer", "cts", "--output", "masks", "--model", tiny_model, "--shard", "5/5")
     assert (result.code, result.out) == (0, f"model {tiny_model}\n\nno CT in this part\n")

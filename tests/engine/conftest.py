@@ -69,7 +69,7 @@ def made_checkpoint() -> Callable[[Recipe, Path], Path]:
         network = network_for(recipe).train()
         with torch.no_grad():
             for _ in range(3):
-                network(torch.rand(2, 1, 32, 32, 32))
+                network(torch.rand(2, recipe.input_channels, 32, 32, 1 if recipe.is_2d else 32))
         save_checkpoint(path, {"recipe": recipe.to_dict(), "model": network.state_dict()})
         return path
 

@@ -10,11 +10,13 @@ import onnxruntime
 import pytest
 import torch
 
+from ctseg.clicks import Click
 from ctseg.engine import export as engine
 from ctseg.engine.export import ExportReport, export
 from ctseg.engine.model import Forward, Model, forward_of, load_model, load_network
 from ctseg.engine.predict import predict
 from ctseg.engine.runtime import Runtime
+from ctseg.engine.session import segment_clicks
 from ctseg.errors import CtsegError, ModelError, OutputError
 from ctseg.recipe import Recipe, load_recipe
 from ctseg.sources.phantom import centered_grid, make_phantom
@@ -80,7 +82,7 @@ def test_report_measures_what_the_files_differ_by(
     """The same differences, found without its code, on the first window of the CT that it takes."""
     windows = engine._probe_windows(tiny_model.recipe, cpu)
     other = load_model(exported.path, cpu)
-    logits = [(eager(w[None, None]), other.forward(w[None, None])) for w in windows]
+    logits = [(eager(w), other.forward(w)) for w in windows]
     assert exported.largest_logit == pytest.approx(max(float(a.abs().max()) for a, _ in logits), rel=1e-5)
     difference = max(float((a - b).abs().max()) for a, b in logits)
     assert exported.largest_difference == pytest.approx(difference, abs=1e-5)
@@ -157,6 +159,72 @@ def test_shipped_recipes_export(
     agreed, labelled = agreement(checkpoint, output, phantom, cpu)
     assert agreed >= 0.9999
     assert 0 < labelled < 1
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+@pytest.mark.parametrize(
+    "name", ["deepgrow_3d:small", "deepgrow_2d:small", pytest.param("deepgrow_3d", marks=pytest.mark.slow)]
+)
+def test_click_models_export_and_answer_clicks_as_the_checkpoint_does(
+    made_checkpoint, tmp_path: Path, cpu: Runtime, phantom: Volume, name: str, file_format: str
+) -> None:
+    recipe = load_recipe(name)
+    checkpoint, output = made_checkpoint(recipe, tmp_path / "best.pt"), tmp_path / f"model{FORMATS[file_format]}"
+    report = export(checkpoint, file_format, output, cpu)
+    assert report.input_shape == (1, 3, *recipe.inference.window_size)
+    assert report.largest_difference < 1e-3 * report.largest_logit
+    own, other = load_model(checkpoint, cpu), load_model(output, cpu)
+    assert other.recipe == recipe
+    clicks = [
+        Click((20, 20, 15), positive=True),
+        Click((30, 11, 15), positive=False),
+        Click((25, 30, 9), positive=True),
+    ]
+    masks = [[segment_clicks(model, phantom, clicks[:n]) for model in (own, other)] for n in (1, 2, 3)]
+    for one, two in masks:
+        assert (one == two).mean() >= 0.9999
+    assert masks[0][1].any()
+    assert (masks[0][1] != masks[2][1]).any()
+
+
+def test_what_the_proof_of_a_click_model_runs_on_has_clicks(cpu: Runtime) -> None:
+    recipe = load_recipe("deepgrow_3d:small")
+    windows = engine._probe_windows(recipe, cpu)
+    assert {tuple(window.shape) for window in windows} == {(1, 3, *recipe.inference.window_size)}
+    for window in windows:
+        assert window[0, 0].std() > 0
+        assert float(window[0, 1].max()) == float(window[0, 2].max()) == 1.0
+        assert window[0, 1].argmax() != window[0, 2].argmax()
+
+
+def test_an_export_of_a_click_model_that_answers_otherwise_is_not_kept(
+    made_checkpoint, tmp_path: Path, cpu: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that forgets the negative clicks."""
+    checkpoint = made_checkpoint(load_recipe("deepgrow_3d:small"), tmp_path / "best.pt")
+    convert = engine._to_torchscript
+
+    def forgetful(network: torch.nn.Module, example: torch.Tensor, recipe: str) -> bytes:
+        first = next(parameter for parameter in network.parameters() if parameter.ndim == 5)
+        kept = first.detach().clone()
+        with torch.no_grad():
+            first[:, 2] = 0
+        content = convert(network, example, recipe)
+        with torch.no_grad():
+            first.copy_(kept)
+        return content
+
+    monkeypatch.setattr(engine, "_to_torchscript", forgetful)
+    with pytest.raises(ModelError, match="the file was not kept"):
+        export(checkpoint, "torchscript", tmp_path / "model.ts", cpu)
+    assert not (tmp_path / "model.ts").exists()
+
+
+def test_a_bundle_knows_no_clicks(made_checkpoint, tmp_path: Path, cpu: Runtime) -> None:
+    checkpoint = made_checkpoint(load_recipe("deepgrow_3d:small"), tmp_path / "best.pt")
+    with pytest.raises(ModelError, match="a MONAI bundle's own chain knows nothing; export it as torchscript or onnx"):
+        engine.export_bundle(checkpoint, tmp_path / "bundle", cpu)
+    assert not (tmp_path / "bundle").exists()
 
 
 @pytest.mark.parametrize("file_format", ["torchscript", "onnx"])

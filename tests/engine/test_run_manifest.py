@@ -117,8 +117,48 @@ def test_a_mask_that_another_part_made_again_loses_its_entry(tiny_model: Model, 
     infer(tiny_model, jobs, output, Silent())
     shutil.copy(jobs[1].image, jobs[0].image)
     infer(tiny_model, jobs, output, Silent(), shard=Shard(0, 3))
+    (output / "ctseg_run-1-of-3.json").unlink()
     infer(tiny_model, jobs, output, Silent())
     assert [case["status"] for case in read(output)["cases"]] == ["done", "done", "skipped"]
+
+
+def test_a_run_over_all_takes_over_what_parts_told(tiny_model: Model, jobs: list[Job], output: Path) -> None:
+    for index in range(2):
+        infer(tiny_model, jobs, output, Silent(), shard=Shard(index, 2))
+    parts = [read(output, f"ctseg_run-{n}-of-2.json") for n in (1, 2)]
+    jobs[2].mask.unlink()
+    infer(tiny_model, jobs, output, Silent())
+    whole = read(output)
+    runs = {case["mask"]: case["run"] for case in whole["cases"]}
+    assert runs == {
+        jobs[0].mask.name: parts[0]["started"],
+        jobs[1].mask.name: parts[1]["started"],
+        jobs[2].mask.name: whole["started"],
+    }
+    assert [run["shard"] for run in whole["earlier_runs"]] == ["1/2", "2/2"]
+    assert not list(output.glob("ctseg_run-*"))
+
+
+def test_a_run_that_was_cut_off_leaves_those_of_parts(
+    tiny_model: Model, jobs: list[Job], output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    infer(tiny_model, jobs, output, Silent(), shard=Shard(1, 2))
+    with pytest.raises(Stopped):
+        infer(tiny_model, jobs, output, Silent(), stop_requested=lambda: True)
+    assert (output / "ctseg_run-2-of-2.json").exists()
+    infer(tiny_model, jobs, output, Silent())
+    assert sorted(path.name for path in output.glob("ctseg_run*")) == ["ctseg_run.json"]
+    assert {case["status"] for case in read(output)["cases"]} == {"done"}
+
+
+def test_a_ct_that_a_part_has_done_is_told_as_done(tiny_model: Model, jobs: list[Job], output: Path) -> None:
+    good = jobs[0].image.read_bytes()
+    jobs[0].image.write_bytes(b"")
+    infer(tiny_model, jobs, output, Silent())
+    jobs[0].image.write_bytes(good)
+    infer(tiny_model, jobs, output, Silent(), shard=Shard(0, 3))
+    infer(tiny_model, jobs, output, Silent())
+    assert {case["status"] for case in read(output)["cases"]} == {"done"}
 
 
 def test_another_models_entries_go_with_its_masks(tiny_model: Model, jobs: list[Job], output: Path) -> None:

@@ -1,6 +1,7 @@
 """A live server on a free port, with a network whose masks can be told in advance."""
 
 import importlib
+import importlib.util
 import sys
 import threading
 import time
@@ -27,8 +28,8 @@ from ctseg.server.settings import Settings
 from ctseg.sources.phantom import centered_grid
 from ctseg.volume import Volume
 
-TARGET = Path(sys.prefix) / "monailabel"
-"""Where `make` puts the client: its package would bring another MONAI and pydicom along."""
+CLIENTS = Path(sys.prefix) / "monailabel"
+"""Where `make` puts MONAI Label's clients: the package would bring another MONAI and pydicom along."""
 
 CPU = Runtime(torch.device("cpu"))
 SIZE = (40, 36, 32)
@@ -192,14 +193,21 @@ def made() -> SimpleNamespace:
     )
 
 
-@pytest.fixture(scope="session")
-def library() -> Any:
-    if TARGET.is_dir() and str(TARGET) not in sys.path:
-        sys.path.append(str(TARGET))
+@pytest.fixture(scope="session", params=["client", "slicer"])
+def library(request: pytest.FixtureRequest) -> Any:
+    """MONAI Label's client as its Python package has it, and as its module for 3D Slicer does."""
+    sys.path += [str(path) for path in CLIENTS.glob("lib/python*/site-packages") if str(path) not in sys.path]
     try:
-        return importlib.import_module("monailabel.client.client")
+        package = importlib.import_module("monailabel.client.client")
     except ImportError:
-        pytest.skip(f"no client: pip install --no-deps --target {TARGET} monailabel==0.8.5")
+        pytest.skip(f"no client: pip install --no-deps --ignore-installed --prefix {CLIENTS} monailabel==0.8.5")
+    if request.param == "client":
+        return package
+    path = Path(package.__file__).parents[5] / "monailabel/plugins/slicer/MONAILabel/MONAILabelLib/client.py"
+    spec = importlib.util.spec_from_file_location("slicer_client", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture

@@ -88,7 +88,7 @@ def test_names_of_structures(store: Datastore, studies: Path, made: SimpleNamesp
 
 def test_no_more_structures_than_fit_a_byte(store: Datastore, studies: Path, made: SimpleNamespace) -> None:
     geometry = read_geometry(studies / "one.nii.gz")
-    store._index["structures"] = {str(n): f"organ {n}" for n in range(1, 256)}
+    store._index._data["structures"] = {str(n): f"organ {n}" for n in range(1, 256)}
     with pytest.raises(Conflict, match="255 already"):
         store.save_structure("one", "final", "one more", made.box_mask(), geometry)
 

@@ -187,6 +187,19 @@ def test_batch_inference_saves_originals(live: Any, studies: Path, made: SimpleN
         assert np.array_equal(read_labels(studies / f"labels/original/{name}.nii.gz").array, made.box_mask())
 
 
+def test_names_of_originals_are_told_in_the_order_of_their_values(
+    start: Callable[..., Any], studies: Path, made: SimpleNamespace
+) -> None:
+    (studies / "labels").mkdir()
+    (studies / "labels/index.json").write_text('{"structures": {"7": "spleen", "1": "liver"}}')
+    live = start()
+    form = {"params": (None, '{"save_label": true}')}
+    assert live.call("POST", "/infer/spleen?image=one", files=form).ok
+    noted = live.json("GET", "/datastore/?output=all")["objects"]["one"]["labels"]["original"]["info"]
+    assert noted == {"params": {"label_names": {"spleen": 7}}}
+    assert np.array_equal(read_labels(studies / "labels/original/one.nii.gz").array, made.box_mask() * 7)
+
+
 def test_logs_models_and_what_is_not_there(client: Any, live: Any) -> None:
     client.infer("spleen", "one", {})
     lines = live.call("GET", "/logs/?lines=50").text

@@ -149,7 +149,7 @@ def test_who_waits_for_the_model_holds_no_image(
         reads.append(path.name)
         return read_image(path)
 
-    monkeypatch.setattr("ctseg.server.service.read_image", counted)
+    monkeypatch.setattr("ctseg.server.images.read_image", counted)
     live = start([("spleen", made.bright_model(slow))], max_waiting=1)
     codes: list[int] = []
 

@@ -12,10 +12,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import requests
+import torch
 from fastapi import FastAPI
 
+from ctseg.engine.export import export
+from ctseg.engine.runtime import Runtime
 from ctseg.errors import CtsegError
 from ctseg.server.run import Tls, open_socket, run
 
@@ -64,6 +68,26 @@ def test_it_serves_and_ends_in_order(serve: Callable[..., Any], studies: Path, t
     log = (tmp_path / "log.txt").read_text()
     assert "POST /infer/{model} 200" in log
     assert "Traceback" not in log
+
+
+def test_an_exported_click_model_under_another_name_of_the_server(
+    serve: Callable[..., Any], studies: Path, models: list[Path], tmp_path: Path
+) -> None:
+    exported = export(models[1], "torchscript", tmp_path / "clicks.ts", Runtime(torch.device("cpu"))).path
+    _, url = serve(studies, "--model", str(exported), "--allow-host", "ct.hospital.example")
+    assert requests.get(f"{url}/info/", headers={"Host": "ct.hospital.example"}, timeout=30).status_code == 200
+    assert requests.get(f"{url}/info/", headers={"Host": "ct.stranger.example"}, timeout=30).status_code == 400
+    params = {"foreground": [[12, 9, 20]], "result_extension": ".nrrd", "result_compress": False}
+    answers = []
+    for name in ("deepgrow_3d-small", "deepgrow_3d-small-2"):
+        form = {"params": (None, json.dumps(params))}
+        answer = requests.post(f"{url}/infer/{name}?image=one&output=image", files=form, timeout=60)
+        assert answer.status_code == 200, answer.text
+        answers.append(np.frombuffer(answer.content.partition(b"\n\n")[2], np.uint8))
+    assert answers[0].any()
+    assert (answers[0] == answers[1]).mean() >= 0.9999
+    refused = requests.post(f"{url}/train/deepgrow_3d-small-2", timeout=30)
+    assert "an exported model cannot be trained" in refused.json()["detail"]
 
 
 def test_a_folder_is_served_by_one_process(studies: Path, start: Callable[..., Any]) -> None:

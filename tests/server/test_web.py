@@ -273,7 +273,7 @@ def test_what_was_left_does_not_reach_what_was_chosen_then(
     def session() -> tuple[str, str]:
         assert len(page.clicks()) == 1
         (entry,) = page.live.service.click_sessions._entries.values()
-        return entry.content.image, entry.content.model
+        return entry.content.id, entry.content.model
 
     with page.page.expect_response(lambda response: response.request.method == "DELETE"):
         with page.holding("/api/sessions"):

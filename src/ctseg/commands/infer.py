@@ -6,6 +6,7 @@ import dataclasses
 import os
 import sys
 from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -32,7 +33,7 @@ from ctseg.commands.common import (
     rounded,
 )
 from ctseg.errors import CasesFailed, CtsegError
-from ctseg.files import make_folder
+from ctseg.files import folder_if_used, make_folder
 from ctseg.jobs import Options, Shard, choose_shard, find_jobs
 from ctseg.progress import make_progress
 from ctseg.report.tables import render_table
@@ -101,10 +102,9 @@ def infer(
     in_parts = _launches(gpus, device)
     with make_progress(quiet) as progress:
         jobs = find_jobs(inputs, output, options, progress)
-    if not dry_run:
-        make_folder(output)
     if in_parts:
-        _infer_in_parts(gpus or 1, shard, path, as_json)
+        with folder_if_used(output):
+            _infer_in_parts(gpus or 1, shard, path, as_json)
         return
     from ctseg.engine.infer import infer as run
     from ctseg.engine.model import load_model, runtime_for
@@ -112,6 +112,7 @@ def infer(
     from ctseg.engine.process import stop_on_signal
 
     with (
+        _output_folder(output, part, dry_run),
         runtime_for(path, device, precision, backend, fast=fast) as runtime,
         stop_on_signal() as stop_requested,
         make_progress(quiet) as progress,
@@ -145,6 +146,16 @@ def infer(
     emit([dataclasses.asdict(o) for o in outcomes], _text(outcomes, path), as_json)
     errors = [o.error for o in outcomes if o.status == "failed"]
     check_none_failed(errors, len(outcomes), f"files failed, listed in {output / part.failures}")
+
+
+def _output_folder(output: Path, part: Shard, dry_run: bool) -> AbstractContextManager[Path]:
+    """The folder of the masks, made at once if it can be; it goes again if nothing comes of the run.
+
+    One that several processes share stays: another one may be about to write to it.
+    """
+    if dry_run:
+        return nullcontext(output)
+    return folder_if_used(output) if part.count == 1 else nullcontext(make_folder(output))
 
 
 def _launches(gpus: int | None, device: str) -> bool:

@@ -11,14 +11,16 @@ import typer
 from ctseg.commands.common import BackendOption, DeviceOption, JsonFlag, PrecisionOption, QuietFlag, emit, parse_bytes
 from ctseg.errors import CtsegError
 from ctseg.progress import make_progress
-from ctseg.server.settings import Settings, check_exposure, check_origin, find_token
+from ctseg.server.settings import Settings, check_exposure, check_host_name, check_origin, find_token
 from ctseg.workspace import resolve_model
 
 NEEDED = ("fastapi", "uvicorn", "python_multipart")
 
 
 def serve(
-    studies: Annotated[Path, typer.Option(help="Folder of the CTs (NIfTI, NRRD, MHA); labels go to labels/ in it.")],
+    studies: Annotated[
+        Path, typer.Option(help="Folder of the CTs (NIfTI, NRRD, MHA, DICOM); labels go to labels/ in it.")
+    ],
     model: Annotated[
         list[str] | None,
         typer.Option("--model", help="Run, checkpoint, exported file or recipe; may be repeated. Default: newest run."),
@@ -31,6 +33,9 @@ def serve(
         Path | None, typer.Option(help="File with the token that clients must send. Default: $CTSEG_SERVE_TOKEN.")
     ] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Let everyone in who reaches --host.")] = False,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Another name of this server; needed without a token only.")
+    ] = None,
     cors: Annotated[
         list[str] | None, typer.Option(metavar="ORIGIN", help="Let a page of another server in, such as OHIF's.")
     ] = None,
@@ -53,6 +58,7 @@ def serve(
         studies=studies,
         host=host,
         token=token,
+        host_names=tuple(check_host_name(name) for name in allow_host or ()),
         cors_origins=tuple(check_origin(origin) for origin in cors or ()),
         max_upload_bytes=parse_bytes(max_upload, "--max-upload"),
         max_voxels=max_voxels,

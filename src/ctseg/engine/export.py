@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ctseg.arrays import cut_box
+from ctseg.clicks import Click, network_input
+from ctseg.engine.backends import example_of
 from ctseg.engine.backends.onnx import OPSET, to_onnx
 from ctseg.engine.bundle import bundle_forward, staging_folder, write_bundle
 from ctseg.engine.model import Forward, forward_of, load_model, load_network
@@ -26,8 +28,8 @@ from ctseg.engine.predict import window_starts
 from ctseg.engine.runtime import Runtime
 from ctseg.errors import CtsegError, ModelError
 from ctseg.files import atomic_path, make_folder, output_errors
-from ctseg.preprocess import prepare
 from ctseg.recipe import RECIPE_ENTRY, Recipe
+from ctseg.scaling import prepare_image
 from ctseg.sources.phantom import make_phantom
 from ctseg.workspace import EXPORT_SUFFIXES
 
@@ -62,9 +64,10 @@ def export(checkpoint: Path, file_format: str, output: Path, runtime: Runtime) -
         raise CtsegError(f"format '{file_format}': expected one of {', '.join(EXPORT_SUFFIXES)}")
     if output.suffix != EXPORT_SUFFIXES[file_format]:
         raise CtsegError(f"output '{output}': a {file_format} file must end in {EXPORT_SUFFIXES[file_format]}")
-    recipe, network = _load(checkpoint)
+    recipe, network = load_network(checkpoint)
+    network.eval()
     make_folder(output.parent)
-    example = torch.zeros((1, 1, *recipe.inference.window_size))
+    example = example_of(network, recipe.inference.window_size)
     with atomic_path(output) as temporary:
         staged = temporary.with_suffix(EXPORT_SUFFIXES[file_format])  # readers go by the suffix
         try:
@@ -83,9 +86,16 @@ def export_bundle(checkpoint: Path, output: Path, runtime: Runtime) -> ExportRep
 
     Raises:
         CtsegError: if `output` exists.
-        ModelError: if the checkpoint cannot be read or the bundle's answer is out of tolerance.
+        ModelError: if the checkpoint cannot be read, its model takes clicks, or the bundle's answer is out of
+            tolerance.
     """
-    recipe, network = _load(checkpoint)
+    recipe, network = load_network(checkpoint)
+    if recipe.clicks is not None:
+        raise ModelError(
+            f"model '{checkpoint}': recipe {recipe.name} segments by clicks, of which a MONAI bundle's own chain knows "
+            f"nothing; export it as torchscript or onnx"
+        )
+    network.eval()
     staged = staging_folder(output)
     try:
         write_bundle(staged, recipe, network)
@@ -97,13 +107,6 @@ def export_bundle(checkpoint: Path, output: Path, runtime: Runtime) -> ExportRep
         shutil.rmtree(staged, ignore_errors=True)
     shape = (1, 1, *recipe.inference.window_size)
     return ExportReport(path=output, format="bundle", input_shape=shape, **report)
-
-
-def _load(checkpoint: Path) -> tuple[Recipe, nn.Module]:
-    recipe, network = load_network(checkpoint)
-    if recipe.clicks is not None:
-        raise ModelError(f"model '{checkpoint}': recipe {recipe.name} segments by clicks and cannot be exported yet")
-    return recipe, network.eval()
 
 
 def _to_torchscript(network: nn.Module, example: Tensor, recipe: str) -> bytes:
@@ -128,11 +131,12 @@ def _compare(eager: Forward, exported: Forward, recipe: Recipe, runtime: Runtime
     windows = _probe_windows(recipe, runtime)
     largest, difference, agreeing, voxels = 0.0, 0.0, 0, 0
     for window in windows:
-        wanted, got = eager(window[None, None]), exported(window[None, None])
+        wanted, got = eager(window), exported(window)
         largest = max(largest, float(wanted.abs().max()))
         difference = max(difference, float((wanted - got).abs().max()))
-        agreeing += int((wanted.argmax(1) == got.argmax(1)).sum())
-        voxels += window.numel()
+        labels = _labels(wanted)
+        agreeing += int((labels == _labels(got)).sum())
+        voxels += labels.numel()
     agreement = agreeing / voxels
     if not (difference <= TOLERANCE * largest and agreement >= MIN_AGREEMENT):
         raise ModelError(
@@ -149,11 +153,27 @@ def _compare(eager: Forward, exported: Forward, recipe: Recipe, runtime: Runtime
     }
 
 
+def _labels(logits_BCXYZ: Tensor) -> Tensor:
+    """A single channel is that of the structure alone."""
+    return logits_BCXYZ[:, 0] > 0 if logits_BCXYZ.shape[1] == 1 else logits_BCXYZ.argmax(1)
+
+
 def _probe_windows(recipe: Recipe, runtime: Runtime) -> list[Tensor]:
-    """Windows of a made CT, prepared as the recipe says: the first of the grid and the one in its middle."""
-    image_XYZ = prepare(make_phantom(seed=0, index=0).image, recipe.preprocess, runtime.device).image_XYZ
+    """The network's input for two windows of a made CT: the first of the grid and the one in its middle.
+
+    A recipe with clicks gets a positive one in the middle of the window and a negative one nearer to its beginning.
+    """
+    image_XYZ = prepare_image(make_phantom(seed=0, index=0).image, recipe.preprocess, runtime.device).image_XYZ
     size = recipe.inference.window_size
     shape = tuple(int(n) for n in np.maximum(image_XYZ.shape, size))
     starts = list(window_starts((shape[0], shape[1], shape[2]), size, recipe.inference.overlap))
     chosen = [starts[0], starts[len(starts) // 2]]
-    return [cut_box(image_XYZ, start, size) for start in chosen]
+    windows = [cut_box(image_XYZ, start, size)[None, None] for start in chosen]
+    if recipe.clicks is None:
+        return windows
+    clicks = [Click(_place(size, 2), positive=True), Click(_place(size, 5), positive=False)]
+    return [network_input(window, [clicks], recipe.clicks.sigma_voxels) for window in windows]
+
+
+def _place(size: tuple[int, int, int], share: int) -> tuple[int, int, int]:
+    return size[0] // share, size[1] // share, size[2] // share

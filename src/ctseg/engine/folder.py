@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from ctseg.dicom_jobs import STRICT
 from ctseg.engine.model import Model
 from ctseg.errors import CtsegError
 from ctseg.files import output_errors, write_csv, write_json
-from ctseg.jobs import Job, is_mask_name
+from ctseg.jobs import Job, Shard, is_mask_name
 from ctseg.provenance import differences, read_object
 
 RECORD = "ctseg_model.json"
@@ -66,6 +68,20 @@ def record_failure(path: Path, image: str, error: str) -> None:
         write_csv(path, ("image", "error"), rows)
     elif not rows:
         path.unlink(missing_ok=True)
+
+
+def drop_old_failures(output: Path, shard: Shard, images: Collection[str]) -> None:
+    """Takes these CTs, which a run has just done or listed, off the lists of runs with another number of parts."""
+    for path in output.glob("failures*.csv"):
+        match = re.fullmatch(r"failures(?:-\d+-of-(\d+))?\.csv", path.name)
+        if match is None or int(match[1] or 1) == shard.count:
+            continue
+        before = _read_failures(path)
+        rows = [row for row in before if row["image"] not in images]
+        if not rows and before:
+            path.unlink(missing_ok=True)
+        elif rows != before:
+            write_csv(path, ("image", "error"), rows)
 
 
 def _read_failures(path: Path) -> list[dict[str, str]]:

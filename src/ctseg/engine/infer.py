@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ctseg.engine.cases import Digest, ReadCase, digest_input, needs_voxels, read_case, write_mask
 from ctseg.engine.clock import Clock
-from ctseg.engine.folder import claim, record_failure
+from ctseg.engine.folder import claim, drop_old_failures, record_failure
 from ctseg.engine.model import Model
 from ctseg.engine.pipeline import Check, one_by_one, overlapped
 from ctseg.engine.plan import NO_PLANS, TOO_LARGE, Plan
@@ -152,6 +152,7 @@ def infer(
             done = f"{len(outcomes)} of {len(mine)} CTs"
             raise Stopped(f"stopped by a signal after {done}; the same command goes on") from error
     progress.finish()
+    drop_old_failures(output, shard, {str(outcome.image) for outcome in outcomes})
     return outcomes
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import platform
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -16,7 +16,7 @@ import ctseg
 from ctseg.engine.model import Model
 from ctseg.errors import CtsegError, OutputError, Stopped
 from ctseg.files import write_text
-from ctseg.jobs import Options, Shard
+from ctseg.jobs import RUN_MANIFEST, Options, Shard
 from ctseg.privacy import without_uids
 from ctseg.provenance import read_object
 
@@ -49,16 +49,17 @@ class RunManifest:
     """The manifest of a run, in a file that is whole after every case.
 
     Entries of earlier runs stay while their masks are there, or as long as their CTs have failed; `earlier_runs` says
-    how those masks were made. Masks of another model have no entry.
+    how those masks were made. Masks of another model have no entry. Entries in `others` are taken over as well.
     """
 
-    def __init__(self, path: Path, facts: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, facts: Mapping[str, Any], others: Iterable[Path] = ()) -> None:
         self._path = path
         self._run = {**facts, "started": _now(), "finished": None, "state": "running", "error": ""}
         self._earlier: list[dict[str, Any]] = []
         self._cases: dict[str, dict[str, Any]] = {}
         self._lines: dict[str, str] = {}
-        self._take_over(read_object(path) or {})
+        for before in (*others, path):
+            self._take_over(read_object(before) or {})
 
     def add(self, mask: Path, case: Mapping[str, Any]) -> None:
         """Puts the entry of a CT whose mask is `mask` in the place of its old one, and writes the file."""
@@ -86,13 +87,19 @@ class RunManifest:
             *_objects(before, EARLIER),
         ]
         runs = [run for run in runs if isinstance(run.get("started"), str)]
-        self._earlier = [run for run in runs if run.get("model_sha256") == self._run["model_sha256"]]
+        known = [run["started"] for run in self._earlier]
+        self._earlier += [
+            run for run in runs if run.get("model_sha256") == self._run["model_sha256"] and run["started"] not in known
+        ]
         known = [run["started"] for run in self._earlier]
         for case in _objects(before, CASES):
             mask = case.get("mask")
             if not isinstance(mask, str) or case.get("run") not in known:
                 continue
-            if case.get("status") == "failed" or _is_same(self._path.parent / mask, case.get("mask_mtime_ns")):
+            failed = case.get("status") == "failed"
+            if failed and self._cases.get(mask, {}).get("status") == "done":
+                continue
+            if failed or _is_same(self._path.parent / mask, case.get("mask_mtime_ns")):
                 self._set(case)
 
     def _set(self, case: dict[str, Any]) -> None:
@@ -115,10 +122,13 @@ class RunManifest:
 def open_run_manifest(path: Path, facts: Mapping[str, Any]) -> Iterator[RunManifest]:
     """The manifest of the run inside, which tells how that ended, whatever happens.
 
+    That of a run over all CTs takes over what those of parts told, which go once it is complete.
+
     Raises:
         OutputError: if it cannot be written.
     """
-    manifest = RunManifest(path, facts)
+    parts = sorted(path.parent.glob("ctseg_run-*-of-*.json")) if path.name == RUN_MANIFEST else []
+    manifest = RunManifest(path, facts, parts)
     manifest.write()
     try:
         yield manifest
@@ -128,6 +138,8 @@ def open_run_manifest(path: Path, facts: Mapping[str, Any]) -> Iterator[RunManif
             manifest.close(state, str(error) if isinstance(error, CtsegError) else type(error).__name__)
         raise
     manifest.close("complete")
+    for part in parts:
+        part.unlink(missing_ok=True)
 
 
 def _objects(data: Mapping[str, Any], key: str) -> list[dict[str, Any]]:

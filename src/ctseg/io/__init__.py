@@ -25,6 +25,8 @@ from ctseg.volume import Geometry
 
 MAX_VOXELS = 2**31
 """A header that promises more is refused before anything is allocated; whole-body CT has a tenth of it."""
+MAX_SKIPPED_BYTES = 2**28
+"""Before the voxels; a header that puts them further back would have that much unpacked for nothing."""
 MAX_DEFLATE_RATIO = 1032
 """Deflate packs at most this many bytes into one; a header that promises more is false."""
 
@@ -88,6 +90,8 @@ def data_problems(
         return [f"{what}: its header promises {promised} bytes, the file has {packed_bytes}; {_DAMAGED}"]
     if encoding != "raw" and promised > MAX_DEFLATE_RATIO * packed_bytes:
         return [f"its header promises {promised} bytes, {packed_bytes} compressed bytes cannot hold them; {_DAMAGED}"]
+    if skip > MAX_SKIPPED_BYTES:
+        return [f"the voxels must begin in the first {MAX_SKIPPED_BYTES} bytes, got byte {skip}; {_DAMAGED}"]
     return []
 
 

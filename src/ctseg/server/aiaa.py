@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from contextlib import AbstractAsyncContextManager
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -19,12 +18,12 @@ from starlette.concurrency import run_in_threadpool
 import ctseg
 from ctseg.io.dicom.contours import outlines
 from ctseg.io.images import read_labels
-from ctseg.server.masks import mask_bytes
-from ctseg.server.monai_label import segment_for
+from ctseg.server.images import FileImage, Image
+from ctseg.server.masks import result_form
 from ctseg.server.own_api import ServiceHere
 from ctseg.server.problems import Invalid, NotHere, SessionGone
-from ctseg.server.service import Segmentation, Served, Service
-from ctseg.server.transfer import image_for, multipart, one_file
+from ctseg.server.service import Served, Service
+from ctseg.server.transfer import image_for, multipart, one_file, segment_for
 from ctseg.server.uploads import plain_object, received
 
 ALL_POINTS = 10
@@ -56,8 +55,8 @@ async def segmentation(
 ) -> Response:
     """The mask, and its six extreme points as `points`."""
     served = service.model(model, takes_clicks=False)
-    async with _image(service, session_id, datapoint or image) as path:
-        return await _form(await segment_for(request, service, served, path, plain_object(params)), points=True)
+    async with _image(service, session_id, datapoint or image) as found:
+        return await _answer(request, service, served, found, plain_object(params), points=True)
 
 
 @router.post("/deepgrow", summary="Segment by clicks", response_class=Response)
@@ -72,8 +71,8 @@ async def deepgrow(
 ) -> Response:
     """`params` holds `foreground` and `background`, lists of voxels `[x, y, z]`."""
     served = service.model(model, takes_clicks=True)
-    async with _image(service, session_id, datapoint or image) as path:
-        return await _form(await segment_for(request, service, served, path, plain_object(params)), points=False)
+    async with _image(service, session_id, datapoint or image) as found:
+        return await _answer(request, service, served, found, plain_object(params), points=False)
 
 
 @router.post("/inference", summary="Segment with any model", response_class=Response)
@@ -88,8 +87,8 @@ async def inference(
 ) -> Response:
     """As the two above."""
     served = service.model(model)
-    async with _image(service, session_id, datapoint or image) as path:
-        return await _form(await segment_for(request, service, served, path, plain_object(params)), points=False)
+    async with _image(service, session_id, datapoint or image) as found:
+        return await _answer(request, service, served, found, plain_object(params), points=False)
 
 
 @router.post("/mask2polygon", summary="Outlines of a mask, slice by slice")
@@ -105,8 +104,9 @@ def mask2polygon(
         raise Invalid(f"more_points: expected a whole number from 1, got {str(more_points)[:40]!r}")
     found = datapoint or image
     with received(service, one_file([found] if found else None)) as path:
-        service.check_size(path)
-        mask = read_labels(path).array > 0
+        service.check_size(FileImage(path))
+        with service.unpacking:
+            mask = read_labels(path).array > 0
     return [_polygons(mask[:, :, z], min(more_points, ALL_POINTS)) for z in range(mask.shape[2])]
 
 
@@ -122,7 +122,7 @@ def fixpolygon() -> None:
     raise Invalid("fixpolygon: not supported here; correct the mask by clicks with /v1/deepgrow")
 
 
-def _image(service: Service, session_id: str | None, file: UploadFile | None) -> AbstractAsyncContextManager[Path]:
+def _image(service: Service, session_id: str | None, file: UploadFile | None) -> AbstractAsyncContextManager[Image]:
     """AIAA's clients begin anew on one status only, whyever the session is not there."""
     if session_id:
         try:
@@ -133,12 +133,16 @@ def _image(service: Service, session_id: str | None, file: UploadFile | None) ->
     return image_for(service, file=file)
 
 
-async def _form(result: Segmentation, *, points: bool) -> Response:
-    content = await run_in_threadpool(mask_bytes, result.mask, result.geometry)
+async def _answer(
+    request: Request, service: Service, served: Served, image: Image, params: dict[str, Any], *, points: bool
+) -> Response:
+    form = result_form(params)
+    result = await segment_for(request, service, served, image, params)
+    content = await run_in_threadpool(form.content, result.mask, result.geometry)
     if not points:
-        return multipart({"params": "{}"}, content, ".nii.gz")
+        return multipart({"params": "{}"}, content, form.suffix)
     extreme = extreme_points(result.mask)
-    return multipart({"params": json.dumps({"points": extreme}), "points": json.dumps(extreme)}, content, ".nii.gz")
+    return multipart({"params": json.dumps({"points": extreme}), "points": json.dumps(extreme)}, content, form.suffix)
 
 
 def extreme_points(mask: NDArray[np.uint8]) -> list[list[int]]:

@@ -17,7 +17,7 @@ from starlette.staticfiles import StaticFiles
 
 import ctseg
 from ctseg.errors import CtsegError
-from ctseg.server import aiaa, monai_label, own_api
+from ctseg.server import aiaa, monai_data, monai_label, monai_work, own_api
 from ctseg.server.guard import Guard
 from ctseg.server.problems import GONE, Busy, ClientGone, status_of
 from ctseg.server.service import Service
@@ -59,7 +59,8 @@ def make_app(service: Service) -> FastAPI:
     )
     app.state.service = service
     app.include_router(own_api.router, tags=["ctseg"])
-    app.include_router(monai_label.router, tags=["MONAI Label"])
+    for part in (monai_label, monai_data, monai_work):
+        app.include_router(part.router, tags=["MONAI Label"])
     app.include_router(aiaa.router, tags=["AIAA v1"])
     app.add_api_route("/api/docs", _docs, response_class=HTMLResponse, include_in_schema=False)
     app.add_exception_handler(CtsegError, _tell)

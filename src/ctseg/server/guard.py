@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ctseg.server.settings import Settings, is_loopback
+from ctseg.server.settings import Settings
 
 LOG = logging.getLogger("ctseg.server")
 SILENCE_SECONDS = 30.0
@@ -162,10 +162,9 @@ def _problem(settings: Settings, scope: Scope, limit: int) -> tuple[int, str] | 
     length = headers.get("content-length", "0")
     if not (length.isascii() and length.isdecimal() and len(length) <= 18):
         return 400, "content-length: expected a number"
-    if settings.token is None and is_loopback(settings.host) and not is_loopback(_host_name(headers.get("host", ""))):
-        return 400, "host: this server answers to 127.0.0.1 and localhost only; another --host needs a token"
-    origin = headers.get("origin")
-    if origin is not None and not _is_own(origin, headers) and origin not in settings.cors_origins:
+    if settings.token is None and not settings.goes_by(_host_name(headers.get("host", ""))):
+        return 400, "host: this server does not go by this name; --allow-host NAME adds one"
+    if _is_foreign(settings, scope, headers):
         return 403, "origin: web pages of other servers may not use this one; --cors ORIGIN allows one"
     if settings.token is not None and scope["method"] != "OPTIONS" and not _is_open(scope["path"]):
         given = headers.get("authorization", "")
@@ -192,9 +191,16 @@ def _is_host(host: str) -> bool:
         return False
 
 
-def _is_own(origin: str, headers: Headers) -> bool:
-    """True of a request from the server's own page."""
-    return origin.partition("://")[2] == headers.get("host")
+def _is_foreign(settings: Settings, scope: Scope, headers: Headers) -> bool:
+    """True of a request that a web page of another server makes; who follows a link to the page itself may do so."""
+    origin = headers.get("origin")
+    if origin is not None:
+        own = origin.partition("://")[2]
+        return (not own or own != headers.get("host")) and origin not in settings.cors_origins
+    if headers.get("sec-fetch-site", "none") in ("none", "same-origin"):
+        return False
+    is_link = headers.get("sec-fetch-mode") == "navigate" and scope["method"] == "GET"
+    return not (is_link and scope["path"] == "/")
 
 
 def _is_open(path: str) -> bool:

@@ -8,35 +8,25 @@ from __future__ import annotations
 
 import hmac
 import json
-import random
 import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Body, Form, Query, Request, Response, UploadFile
+from fastapi import APIRouter, Form, Query, Request, Response, UploadFile
 from fastapi.responses import FileResponse, PlainTextResponse
 from starlette.concurrency import run_in_threadpool
 
 import ctseg
-from ctseg.engine.checkpoint import file_sha256
-from ctseg.server.datastore import FINAL, ORIGINAL, read_label_of
-from ctseg.server.masks import MEDIA_TYPES, mask_bytes, uncompressed_nrrd
+from ctseg.server.datastore import ORIGINAL
+from ctseg.server.masks import MEDIA_TYPES, result_form
+from ctseg.server.monai_data import STRATEGIES, FormJson, statistics
 from ctseg.server.own_api import ServiceHere
-from ctseg.server.problems import Invalid, NotHere, NoToken, WrongFile
+from ctseg.server.problems import NotHere, NoToken, WrongFile
 from ctseg.server.run import LOG_LINES
-from ctseg.server.service import Segmentation, Served, Service, version
+from ctseg.server.service import Served
 from ctseg.server.sessions import Entry
-from ctseg.server.tasks import Tasks, start_batch, start_training
-from ctseg.server.transfer import clicks_in, image_for, keep_upload, multipart, one_file
-from ctseg.server.uploads import add_image, plain_object, received
-
-STRATEGIES = {
-    "random": "A random image without a final label; one that was handed out lately is less likely",
-    "first": "The first image without a final label",
-    "least-annotated": "The image with the fewest labels that was not handed out for the longest time",
-}
-Params = Annotated[dict[str, Any] | None, Body()]
-FormJson = Annotated[str, Form()]
+from ctseg.server.transfer import image_for, keep_upload, multipart, one_file, segment_for
+from ctseg.server.uploads import plain_object
 
 router = APIRouter()
 
@@ -56,7 +46,7 @@ def info(service: ServiceHere) -> dict[str, Any]:
         "strategies": {name: {"description": text} for name, text in STRATEGIES.items()},
         "scoring": {},
         "train_stats": {},
-        "datastore": _statistics(service),
+        "datastore": statistics(service),
     }
 
 
@@ -74,36 +64,25 @@ async def infer(
     """A form with `params` and `image`, or one of them; `foreground` and `background` in `params` hold clicks."""
     served = service.model(model)
     given = plain_object(params)
-    suffix = _suffix(given)
+    form = result_form(given)
     started = time.perf_counter()
-    async with image_for(service, image=image, session_id=session_id, file=file) as path:
-        result = await segment_for(request, service, served, path, given)
+    async with image_for(service, image=image, session_id=session_id, file=file) as found:
+        result = await segment_for(request, service, served, found, given)
     if given.get("save_label") is True and image and not served.takes_clicks:
         names = served.names
         tag, save = str(given.get("label_tag", ORIGINAL)), service.datastore.save_label
-        await run_in_threadpool(save, image, tag, result.mask, result.geometry, names=names)
+        notes = {"params": {"label_names": served.labels}}
+        await run_in_threadpool(save, image, tag, result.mask, result.geometry, names=names, info=notes)
     told = json.dumps(
         {"label_names": served.labels, "latencies": {"total": round(time.perf_counter() - started, 3)}, "model": model}
     )
     if output == "json":
         return Response(told, media_type="application/json")
-    content = await run_in_threadpool(mask_bytes, result.mask, result.geometry, suffix)
-    if suffix == ".nrrd" and given.get("result_compress") is False:
-        content = await run_in_threadpool(uncompressed_nrrd, content)
+    content = await run_in_threadpool(form.content, result.mask, result.geometry)
     if output == "image":
-        headers = {"Content-Disposition": f'attachment; filename="mask{suffix}"'}
-        return Response(content, media_type=MEDIA_TYPES[suffix], headers=headers)
-    return multipart({"params": told}, content, suffix)
-
-
-async def segment_for(
-    request: Request, service: Service, served: Served, path: Path, params: dict[str, Any]
-) -> Segmentation:
-    """The mask of a model, by the clicks in `params` if it takes any."""
-    if not served.takes_clicks:
-        return await service.segment(request, served, path)
-    geometry = await run_in_threadpool(service.check_size, path)
-    return await service.segment_clicks(request, served, path, clicks_in(params, geometry))
+        headers = {"Content-Disposition": f'attachment; filename="mask{form.suffix}"'}
+        return Response(content, media_type=MEDIA_TYPES[form.suffix], headers=headers)
+    return multipart({"params": told}, content, form.suffix)
 
 
 @router.put("/session/", summary="Send an image for a session of its own")
@@ -128,7 +107,8 @@ def get_session(
     """When it was made and used; with `image` the file."""
     entry = service.uploads.get(session_id, touch=update_ts)
     if image:
-        return FileResponse(entry.content.path, media_type="application/octet-stream", filename=entry.content.path.name)
+        kept = entry.content.image
+        return FileResponse(kept.path, media_type="application/octet-stream", filename=kept.name)
     return _session_info(session_id, entry)
 
 
@@ -136,180 +116,6 @@ def get_session(
 def remove_session(service: ServiceHere, session_id: str) -> dict[str, Any]:
     """What it was."""
     return _session_info(session_id, service.uploads.remove(session_id))
-
-
-@router.get("/datastore/", summary="Images and labels", response_model=None)
-def datastore(
-    service: ServiceHere, output: Literal["all", "train", "stats"] | None = None
-) -> dict[str, Any] | list[dict[str, str]]:
-    """Counts; with `all` every image with its labels, with `train` the pairs with final labels."""
-    store = service.datastore
-    if output == "train":
-        images, folder = store.images(), store.folder
-        pairs = store.labelled(FINAL).items()
-        return [{"image": images[i].name, "label": str(label.relative_to(folder))} for i, label in pairs]
-    return _objects(service) if output == "all" else _statistics(service)
-
-
-@router.put("/datastore/", summary="Add an image", include_in_schema=False)
-@router.put("/datastore/image", summary="Add an image")
-def put_image(
-    service: ServiceHere, file: UploadFile, image: str | None = None, params: FormJson = "{}"
-) -> dict[str, Any]:
-    """Its id is `image`, else the file's name without the suffix; one that is there is not replaced."""
-    plain_object(params)
-    return {"image": add_image(service, file, image)}
-
-
-@router.get("/datastore/image", summary="An image's file", response_class=Response)
-def get_image(service: ServiceHere, image: str) -> Response:
-    """The file as it is."""
-    path = service.datastore.image(image)
-    return FileResponse(path, media_type="application/octet-stream", filename=path.name)
-
-
-@router.head("/datastore/image", summary="Whether an image is there", response_class=Response)
-def head_image(service: ServiceHere, image: str, check_sum: str | None = None) -> Response:
-    """With `check_sum`, as SHA256:HEX, also whether it is that file."""
-    digest = checksum(service, service.datastore.image(image))
-    if check_sum is not None and check_sum.partition(":")[2].lower() != digest.partition(":")[2]:
-        raise NotHere("image: its checksum is another one")
-    return Response()
-
-
-@router.get("/datastore/image/info", summary="Notes about an image")
-def get_image_info(service: ServiceHere, image: str) -> dict[str, Any]:
-    """What clients put there, and when it was handed out."""
-    return service.datastore.image_info(image)
-
-
-@router.put("/datastore/image/info", summary="Add notes about an image")
-def put_image_info(service: ServiceHere, image: str, info: FormJson = "{}") -> dict[str, Any]:
-    """A JSON object; other notes stay."""
-    service.datastore.update_image_info(image, plain_object(info, "info"))
-    return {}
-
-
-@router.put("/datastore/label", summary="Save a label map")
-def put_label(
-    service: ServiceHere, image: str, label: UploadFile, tag: str = FINAL, params: FormJson = "{}"
-) -> dict[str, Any]:
-    """On the image's grid; `label_info` in `params`, a list of `name` and `idx`, names its values."""
-    given = plain_object(params)
-    with received(service, label, raw=True) as path:
-        of = service.datastore.image(image)
-        if path.suffix != ".bin":
-            service.check_size(path)
-        mask, geometry = read_label_of(path, of)
-        names = _names(given.get("label_info"))
-        service.datastore.save_label(image, tag or FINAL, mask, geometry, names=names, info={"params": given})
-    return {"image": image, "label": image}
-
-
-@router.get("/datastore/label", summary="A label map", response_class=Response)
-def get_label(service: ServiceHere, label: str, tag: str = FINAL) -> Response:
-    """A .nii.gz file; a label is called as its image."""
-    path = service.datastore.label(label, tag)
-    return FileResponse(path, media_type="application/octet-stream", filename=path.name)
-
-
-@router.head("/datastore/label", summary="Whether a label is there", response_class=Response)
-def head_label(service: ServiceHere, image: str, tag: str = FINAL) -> Response:
-    """404 if not."""
-    service.datastore.label(image, tag)
-    return Response()
-
-
-@router.get("/datastore/label/info", summary="Notes about a label")
-def get_label_info(service: ServiceHere, label: str, tag: str = FINAL) -> dict[str, Any]:
-    """What clients sent with it."""
-    return service.datastore.label_info(label, tag)
-
-
-@router.put("/datastore/label/info", summary="Add notes about a label")
-def put_label_info(service: ServiceHere, label: str, tag: str = FINAL, info: FormJson = "{}") -> dict[str, Any]:
-    """A JSON object; other notes stay."""
-    service.datastore.update_label_info(label, tag, plain_object(info, "info"))
-    return {}
-
-
-@router.post("/activelearning/{strategy}", summary="The next image to label")
-def post_next(service: ServiceHere, strategy: str, params: Params = None) -> dict[str, Any]:
-    """Its id, name and checksum; empty if everything is labelled."""
-    return _next_sample(service, strategy, params or {})
-
-
-@router.get("/activelearning/{strategy}", summary="The next image to label")
-def get_next(service: ServiceHere, strategy: str) -> dict[str, Any]:
-    """As by POST."""
-    return _next_sample(service, strategy, {})
-
-
-@router.post("/train/{model}", summary="Fine-tune a model on the final labels")
-def train_model(service: ServiceHere, model: str, params: Params = None) -> dict[str, Any]:
-    """A process of its own, one at a time; `max_epochs` in the body."""
-    given = params or {}
-    own = given.get(model)
-    given = {**given, **own} if isinstance(own, dict) else given
-    served = service.model(model)
-    return service.trainings.begin({"model": model, **given}, start_training(service, served, given)).told()
-
-
-@router.post("/train/", summary="Fine-tune the first model that can be", include_in_schema=False)
-def train_first(service: ServiceHere, params: Params = None) -> dict[str, Any]:
-    """As `/train/{model}`, told under the model's name; the models named in the body go before."""
-    named = [name for name in params or {} if name in service.models]
-    name = (named or list(service.models))[0]
-    return {name: train_model(service, name, params)}
-
-
-@router.get("/train/", summary="How the training goes", response_model=None)
-def train_status(
-    service: ServiceHere, all: bool = False, check_if_running: bool = False
-) -> dict[str, Any] | list[dict[str, Any]]:
-    """The newest training, or all; 404 if there is none, or with `check_if_running` none runs."""
-    return _status(service.trainings, all, check_if_running)
-
-
-@router.delete("/train/", summary="Stop the training")
-def train_stop(service: ServiceHere) -> dict[str, Any]:
-    """It saves what it has; empty if none runs."""
-    task = service.trainings.stop()
-    return {} if task is None else task.told()
-
-
-@router.post("/batch/infer/{model}", summary="Segment many images and save the masks")
-async def batch_infer(
-    service: ServiceHere,
-    model: str,
-    images: Literal["all", "unlabeled", "labeled"] = "all",
-    params: Params = None,
-) -> dict[str, Any]:
-    """With the tag `original`, or `label_tag` of the body."""
-    served = service.model(model, takes_clicks=False)
-    tag = str((params or {}).get("label_tag") or ORIGINAL)
-    store = service.datastore
-    known, done = list(await run_in_threadpool(store.images)), await run_in_threadpool(store.labelled, FINAL)
-    chosen = {"all": known, "labeled": list(done), "unlabeled": [i for i in known if i not in done]}[images]
-    if not chosen:
-        raise Invalid(f"images: there are none that are {images}")
-    request = {"model": model, "images": images, "label_tag": tag}
-    return service.batches.begin(request, start_batch(service, served, chosen, tag)).told()
-
-
-@router.get("/batch/infer", summary="How the segmenting of many images goes", response_model=None)
-def batch_status(
-    service: ServiceHere, all: bool = False, check_if_running: bool = False
-) -> dict[str, Any] | list[dict[str, Any]]:
-    """As for training."""
-    return _status(service.batches, all, check_if_running)
-
-
-@router.delete("/batch/infer", summary="Stop the segmenting of many images")
-def batch_stop(service: ServiceHere) -> dict[str, Any]:
-    """After the image that is being segmented."""
-    task = service.batches.stop()
-    return {} if task is None else task.told()
 
 
 @router.get("/logs/", summary="The newest lines of the log", response_class=PlainTextResponse)
@@ -358,12 +164,6 @@ def auth_valid() -> dict[str, Any]:
     return {"username": "user", "disabled": False}
 
 
-def checksum(service: Service, path: Path) -> str:
-    """The word SHA256, a colon and the digest of a file, read once while it does not change."""
-    key = ("checksum", *version(path))
-    return f"SHA256:{service.cache.get(key, lambda: file_sha256(path), lambda _: 256)}"
-
-
 def _model_info(one: Served) -> dict[str, Any]:
     kind = "deepgrow" if one.takes_clicks else "segmentation"
     about = {"dimension": one.dimensions, "description": one.model.recipe.title}
@@ -375,85 +175,9 @@ def _trainer_info(one: Served) -> dict[str, Any]:
     return {"description": one.model.recipe.title, "config": config, "labels": one.labels}
 
 
-def _statistics(service: Service) -> dict[str, Any]:
-    store = service.datastore
-    tags: dict[str, int] = {}
-    images = store.images()
-    for image_id in images:
-        for tag in store.labels(image_id):
-            tags[tag] = tags.get(tag, 0) + 1
-    return {"total": len(images), "completed": tags.get(FINAL, 0), "label_tags": tags}
-
-
-def _objects(service: Service) -> dict[str, Any]:
-    store = service.datastore
-    objects = {}
-    for image_id, path in store.images().items():
-        labels = {tag: {"ext": ".nii.gz", "info": store.label_info(image_id, tag)} for tag in store.labels(image_id)}
-        suffix = path.name[len(image_id) :]
-        objects[image_id] = {"image": {"ext": suffix, "info": store.image_info(image_id)}, "labels": labels}
-    return {"name": "studies", "description": "", "images_dir": ".", "labels_dir": "labels", "objects": objects}
-
-
-def _next_sample(service: Service, strategy: str, params: dict[str, Any]) -> dict[str, Any]:
-    if strategy not in STRATEGIES:
-        raise NotHere(f"strategy {strategy[:40]!r}: there is {', '.join(STRATEGIES)}")
-    store = service.datastore
-    images, done = store.images(), store.labelled(FINAL)
-    handed = {i: _handed_out(store.image_info(i)) for i in images}
-    open_images = [image_id for image_id in images if image_id not in done]
-    if strategy == "least-annotated":
-        candidates = sorted(images, key=lambda i: (len(store.labels(i)), handed[i]))
-    elif strategy == "random" and open_images:
-        now = time.time()
-        candidates = random.choices(open_images, [max(now - handed[i], 1.0) for i in open_images])
-    else:
-        candidates = open_images
-    if not candidates:
-        return {}
-    chosen = candidates[0]
-    note = {"ts": int(time.time()), "client_id": str(params.get("client_id", ""))[:80]}
-    before = store.image_info(chosen).get("strategy")
-    store.update_image_info(chosen, {"strategy": {**(before if isinstance(before, dict) else {}), strategy: note}})
-    name = images[chosen].name
-    known = {"id": chosen, "name": name, "path": name, "checksum": checksum(service, images[chosen])}
-    return {**store.image_info(chosen), **known}
-
-
-def _handed_out(info: dict[str, Any]) -> float:
-    """When an image was handed out last, 0 for never."""
-    notes = info.get("strategy")
-    times = [note.get("ts") for note in notes.values() if isinstance(note, dict)] if isinstance(notes, dict) else []
-    return float(max((t for t in times if isinstance(t, int | float)), default=0))
-
-
-def _status(tasks: Tasks, every: bool, only_running: bool) -> dict[str, Any] | list[dict[str, Any]]:
-    found = [task for task in tasks.all if task.is_running] if only_running else tasks.all
-    if not found:
-        raise NotHere("nothing is running" if only_running else "nothing was started yet")
-    return [task.told() for task in found] if every else found[-1].told()
-
-
-def _names(label_info: Any) -> dict[int, str] | None:
-    """Value -> name of what Slicer sends: `[{"name": "spleen", "idx": 1}]`."""
-    if not label_info:
-        return None
-    try:
-        return {int(one["idx"]): str(one["name"]) for one in label_info}
-    except (TypeError, ValueError, KeyError, OverflowError) as error:
-        raise Invalid("label_info: expected a list of objects with a name and an idx") from error
-
-
 def _session_info(session_id: str, entry: Entry[Any]) -> dict[str, Any]:
     times = {"create_ts": int(entry.created), "last_access_ts": int(entry.used), "expiry": int(entry.seconds)}
-    return {"name": session_id, "path": "", "image": entry.content.path.name, "meta": {}, **times}
-
-
-def _suffix(params: dict[str, Any]) -> str:
-    suffix = params.get("result_extension", ".nii.gz")
-    if not isinstance(suffix, str) or suffix not in MEDIA_TYPES:
-        raise Invalid(f"result_extension: expected one of {', '.join(MEDIA_TYPES)}, got {str(suffix)[:20]!r}")
-    return suffix
+    return {"name": session_id, "path": "", "image": entry.content.image.name, "meta": {}, **times}
 
 
 def _model_file(served: Served) -> Path:

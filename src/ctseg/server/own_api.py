@@ -14,7 +14,8 @@ from ctseg.clicks import Click
 from ctseg.engine.session import voxel_of
 from ctseg.io.images import read_labels
 from ctseg.server.datastore import FINAL
-from ctseg.server.masks import MEDIA_TYPES, mask_bytes, mask_of_bytes, nifti_bytes
+from ctseg.server.images import FileImage
+from ctseg.server.masks import MEDIA_TYPES, mask_bytes, mask_of_bytes
 from ctseg.server.problems import Conflict, Invalid
 from ctseg.server.service import MAX_CLICKS, ClickSession, Segmentation, Service
 from ctseg.server.uploads import add_image, received
@@ -86,8 +87,8 @@ def list_images(service: ServiceHere) -> dict[str, Any]:
     """Ids, files, tags of their labels; and the names of all structures with their values."""
     store = service.datastore
     images = [
-        {"id": image_id, "file": path.name, "labels": [{"tag": tag} for tag in store.labels(image_id)]}
-        for image_id, path in store.images().items()
+        {"id": image_id, "file": image.name, "labels": [{"tag": tag} for tag in store.labels(image_id)]}
+        for image_id, image in store.images().items()
     ]
     return {"images": images, "structures": store.structures}
 
@@ -100,12 +101,14 @@ def upload_image(service: ServiceHere, file: UploadFile, id: Annotated[str | Non
 
 @router.get("/images/{image_id}/file", summary="An image as .nii.gz", responses=MASK, response_class=Response)
 def image_file(service: ServiceHere, image_id: str) -> Response:
-    """The file itself if it is `.nii.gz`, else converted."""
-    path = service.datastore.image(image_id)
-    if path.name.lower().endswith(".nii.gz"):
-        return FileResponse(path, media_type=GZIP, filename=path.name)
-    service.check_size(path)
-    return Response(nifti_bytes(path), media_type=GZIP)
+    """The file itself if it is `.nii.gz`, else converted; of a DICOM series nothing but its voxels and their grid."""
+    image = service.datastore.image(image_id)
+    service.check_size(image)
+    with service.unpacking:
+        content = image.nifti()
+    if isinstance(content, bytes):
+        return Response(content, media_type=GZIP)
+    return FileResponse(content, media_type=GZIP, filename=image.name)
 
 
 @router.get(
@@ -121,10 +124,10 @@ def label_file(service: ServiceHere, image_id: str, tag: str) -> Response:
 def open_session(service: ServiceHere, body: NewSession) -> dict[str, Any]:
     """A session without clicks; it expires when nobody uses it."""
     served = service.model(body.model, takes_clicks=True)
-    path = service.datastore.image(body.image)
-    geometry = service.check_size(path)
+    image_id, image = service.datastore.find(body.image)
+    geometry = service.check_size(image)
     empty = mask_bytes(np.zeros(geometry.size, dtype=np.uint8, order="F"), geometry)
-    session_id = service.click_sessions.add(ClickSession(body.image, path, served.name, mask=empty))
+    session_id = service.click_sessions.add(ClickSession(image_id, image, served.name, mask=empty))
     return _told(service, session_id)
 
 
@@ -148,7 +151,7 @@ async def click(request: Request, service: ServiceHere, session: str, body: NewC
     async with found.lock:
         if len(found.clicks) >= MAX_CLICKS:
             raise Conflict(f"session: at most {MAX_CLICKS} clicks; undo some or reset")
-        geometry = await run_in_threadpool(service.check_size, found.path)
+        geometry = await run_in_threadpool(service.check_size, found.image)
         new = Click(voxel_of(body.position, geometry, body.coordinates), body.positive)
         return await _answer(request, service, found, (*found.clicks, new))
 
@@ -184,20 +187,20 @@ async def save(service: ServiceHere, session: str, body: Save) -> dict[str, Any]
         mask = mask_of_bytes(found.mask)
         if not mask.any():
             raise Invalid("save: the mask is empty; click first")
-        geometry = service.check_size(found.path)
-        return service.datastore.save_structure(found.image, body.tag, body.label, mask, geometry)[1]
+        geometry = service.check_size(found.image)
+        return service.datastore.save_structure(found.id, body.tag, body.label, mask, geometry)[1]
 
     async with found.lock:
         value = await run_in_threadpool(store)
-    return {"image": found.image, "tag": body.tag, "label": body.label, "value": value}
+    return {"image": found.id, "tag": body.tag, "label": body.label, "value": value}
 
 
 @router.post("/segment", summary="Segment without clicks", responses=MASK, response_class=Response)
 async def segment(request: Request, service: ServiceHere, body: NewSession) -> Response:
     """The label map of a model that needs no clicks; it is not saved."""
     served = service.model(body.model, takes_clicks=False)
-    path = await run_in_threadpool(service.datastore.image, body.image)
-    return await _file(await service.segment(request, served, path))
+    image = await run_in_threadpool(service.datastore.image, body.image)
+    return await _file(await service.segment(request, served, image))
 
 
 @router.put("/images/{image_id}/labels/{tag}", summary="Save a whole label map")
@@ -207,15 +210,16 @@ def put_label(
     """In place of the one there, kept in `replaced/`; its values are the folder's, or those of `model`."""
     names = None if model is None else service.model(model, takes_clicks=False).names
     with received(service, file) as path:
-        service.check_size(path)
-        label = read_labels(path)
+        service.check_size(FileImage(path))
+        with service.unpacking:
+            label = read_labels(path)
         service.datastore.save_label(image_id, tag, label.array, label.geometry, names=names)
     return {"image": image_id, "tag": tag, "structures": service.datastore.structures}
 
 
 async def _answer(request: Request, service: Service, found: ClickSession, clicks: tuple[Click, ...]) -> Response:
     """The mask of `clicks`, which from now on are the session's."""
-    result = await service.segment_clicks(request, service.model(found.model), found.path, clicks)
+    result = await service.segment_clicks(request, service.model(found.model), found.image, clicks)
     found.mask = await run_in_threadpool(mask_bytes, result.mask, result.geometry)
     found.clicks = clicks
     return Response(found.mask, media_type=GZIP, headers=result.timing)
@@ -231,7 +235,7 @@ def _told(service: Service, session_id: str) -> dict[str, Any]:
     clicks = [{"position": list(one.point), "positive": one.positive} for one in found.clicks]
     return {
         "session": session_id,
-        "image": found.image,
+        "image": found.id,
         "model": found.model,
         "clicks": clicks,
         "seconds": entry.seconds,

@@ -6,6 +6,7 @@ import asyncio
 import math
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,10 +21,10 @@ from ctseg.clicks import Click
 from ctseg.engine.model import Model
 from ctseg.engine.predict import predict
 from ctseg.engine.session import prepare_for_clicks, segment_prepared, voxel_of
-from ctseg.io.images import read_geometry, read_image
 from ctseg.preprocess import Prepared
 from ctseg.server.cache import ByteCache
 from ctseg.server.datastore import Datastore
+from ctseg.server.images import FileImage, Image
 from ctseg.server.problems import Invalid, NotHere, TooLarge
 from ctseg.server.sessions import Sessions
 from ctseg.server.settings import Settings
@@ -35,6 +36,10 @@ MAX_CLICKS = 256
 """In one session; a person gives up long before."""
 GRID_BYTES = 1024
 """What a grid in memory counts for."""
+BYTES_PER_VOXEL = 6
+"""What unpacking may take of memory for each voxel that an image may have: int16 that become float32 take as much."""
+MAX_UNPACKING = 2
+"""Files of clients, and files for them, that are unpacked at once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,8 +88,8 @@ class Segmentation:
 class ClickSession:
     """An image that someone clicks on; the mask is that of the last click, as `.nii.gz`."""
 
-    image: str
-    path: Path
+    id: str
+    image: Image
     model: str
     clicks: tuple[Click, ...] = ()
     mask: bytes = b""
@@ -96,7 +101,7 @@ class ClickSession:
 class Upload:
     """An image that a client has sent for a session of its own; its folder goes with the session."""
 
-    path: Path
+    image: FileImage
 
 
 @dataclass(eq=False)
@@ -112,12 +117,14 @@ class Service:
     click_sessions: Sessions[ClickSession] = field(init=False)
     uploads: Sessions[Upload] = field(init=False)
     trainings: Tasks = field(default_factory=lambda: Tasks("a training"))
+    unpacking: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(MAX_UNPACKING))
+    """Held by who unpacks a file of a client, or makes one, beside the models."""
     batches: Tasks = field(default_factory=lambda: Tasks("the segmenting of many images"))
 
     def __post_init__(self) -> None:
         limits = (self.settings.session_seconds, self.settings.max_sessions)
         self.click_sessions = Sessions(*limits)
-        self.uploads = Sessions(*limits, on_remove=lambda upload: shutil.rmtree(upload.path.parent, ignore_errors=True))
+        self.uploads = Sessions(*limits, on_remove=_remove)
 
     def model(self, name: str, *, takes_clicks: bool | None = None) -> Served:
         """The model of that name.
@@ -134,49 +141,51 @@ class Service:
             raise Invalid(f"model '{name}': {does}; choose another one")
         return served
 
-    def check_size(self, path: Path) -> Geometry:
-        """The grid of an image that is not too large.
+    def check_size(self, image: Image) -> Geometry:
+        """The grid of an image that is not too large, told by its header alone.
 
         Raises:
-            TooLarge: if it has more voxels than the server takes.
+            TooLarge: if it has more voxels than the server takes, or unpacking it takes too much memory.
         """
-        geometry = self.cache.get(("grid", *version(path)), lambda: read_geometry(path), lambda _: GRID_BYTES)
-        voxels = math.prod(geometry.size)
+        extent = self.cache.get(("extent", *image.version()), image.extent, lambda _: GRID_BYTES)
+        voxels, num_bytes = math.prod(extent.geometry.size), extent.held_bytes + extent.reading_bytes
         if voxels > self.settings.max_voxels:
             raise TooLarge(f"image: at most {self.settings.max_voxels} voxels, got {voxels}; crop it")
-        return geometry
+        if num_bytes > BYTES_PER_VOXEL * self.settings.max_voxels:
+            limit = BYTES_PER_VOXEL * self.settings.max_voxels
+            raise TooLarge(f"image: unpacking it takes {num_bytes} bytes, at most {limit}; store it as int16")
+        return extent.geometry
 
-    def volume(self, path: Path) -> Volume:
-        """The CT in a file, from memory if it is there and the file has not changed."""
-        self.check_size(path)
-        return self.cache.get(("image", *version(path)), lambda: read_image(path), lambda v: v.array.nbytes)
+    def volume(self, image: Image) -> Volume:
+        """A CT, from memory if it is there and the file has not changed."""
+        self.check_size(image)
+        return self.cache.get(("image", *image.version()), image.read, lambda v: v.array.nbytes)
 
-    async def segment(self, request: Request | None, served: Served, path: Path) -> Segmentation:
+    async def segment(self, request: Request | None, served: Served, image: Image) -> Segmentation:
         """The mask of a model that segments by itself, when its turn comes."""
-        geometry = await run_in_threadpool(self.check_size, path)
+        geometry = await run_in_threadpool(self.check_size, image)
 
         def work(check: Callable[[], None]) -> NDArray[np.uint8]:
-            return predict(
-                served.model, self.volume(path), lambda *_: check()
-            )  # read only now: those who wait are many
+            volume = self.volume(image)  # read only now: those who wait are many
+            return predict(served.model, volume, lambda *_: check())
 
         return await self._run(request, work, geometry)
 
     async def segment_clicks(
-        self, request: Request | None, served: Served, path: Path, clicks: Sequence[Click]
+        self, request: Request | None, served: Served, image: Image, clicks: Sequence[Click]
     ) -> Segmentation:
         """The mask of these clicks, in voxels of the image, when its turn comes.
 
         Raises:
             ClickError: if one lies outside the image.
         """
-        geometry = await run_in_threadpool(self.check_size, path)
+        geometry = await run_in_threadpool(self.check_size, image)
         for click in clicks:
             voxel_of(click.point, geometry)
-        key = ("prepared", served.name, *version(path))
+        key = ("prepared", served.name, *image.version())
 
         def prepare() -> Prepared:
-            return prepare_for_clicks(served.model, self.volume(path))
+            return prepare_for_clicks(served.model, self.volume(image))
 
         def num_bytes(prepared: Prepared) -> int:
             return int(prepared.image_XYZ.nbytes)
@@ -228,14 +237,5 @@ def open_service(settings: Settings, models: Sequence[tuple[str, Model]]) -> Ser
     )
 
 
-def version(path: Path) -> tuple[str, int, int]:
-    """Changes when the file does.
-
-    Raises:
-        NotHere: if the file is gone.
-    """
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise NotHere("image: its file is gone; GET /api/images lists what is there") from error
-    return str(path), status.st_mtime_ns, status.st_size
+def _remove(upload: Upload) -> None:
+    shutil.rmtree(upload.image.path.parent, ignore_errors=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -23,6 +25,7 @@ class Settings:
         studies: Folder of the images.
         host: Address it listens on.
         token: What every request must know; None: nobody is asked.
+        host_names: Further names that it goes by where nobody is asked for a token.
         cors_origins: Web pages of other servers that may use this one, such as https://viewer.example.org.
         max_upload_bytes: Of the body of one request.
         max_voxels: Of one image.
@@ -35,6 +38,7 @@ class Settings:
     studies: Path
     host: str = "127.0.0.1"
     token: str | None = None
+    host_names: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
     max_upload_bytes: int = 2**30
     max_voxels: int = 2**29
@@ -42,6 +46,17 @@ class Settings:
     max_waiting: int = 32
     session_seconds: float = 3600.0
     max_sessions: int = 64
+
+    def goes_by(self, name: str) -> bool:
+        """True for a name in a request's Host that means this server.
+
+        A page of a stranger may have its own name lead to this machine once it is loaded (DNS rebinding). It cannot do
+        so with an address, with `localhost`, or with a name that is not the stranger's.
+        """
+        if is_loopback(name) or name in self.host_names:
+            return True
+        own = (self.host.lower(), socket.gethostname().lower())
+        return not is_loopback(self.host) and (_is_address(name) or name in own)
 
 
 def find_token(file: Path | None) -> str | None:
@@ -92,6 +107,25 @@ def check_origin(origin: str) -> str:
     if parts.scheme not in ("http", "https") or not parts.hostname or origin != f"{parts.scheme}://{parts.netloc}":
         raise CtsegError(f"--cors {origin}: expected an origin such as https://viewer.example.org")
     return origin
+
+
+def check_host_name(name: str) -> str:
+    """`name` in lower case, if it can be a host's.
+
+    Raises:
+        CtsegError: if it cannot.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?", name):
+        raise CtsegError(f"--allow-host {name}: expected a name such as viewer.example.org, without port")
+    return name.lower()
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def is_loopback(host: str) -> bool:

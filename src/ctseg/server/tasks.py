@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ctseg.errors import CtsegError
-from ctseg.files import make_folder, write_json
+from ctseg.files import atomic_path, make_folder, write_json
 from ctseg.io.images import read_labels, write_labels
 from ctseg.progress import printable
 from ctseg.server.datastore import FINAL
+from ctseg.server.images import Image
 from ctseg.server.problems import Busy, Conflict, Invalid, TooMany
 from ctseg.workspace import new_run
 
@@ -194,14 +195,15 @@ def start_batch(service: Service, served: Served, images: list[str], tag: str) -
 
 async def _segment_and_save(service: Service, served: Served, image_id: str, tag: str) -> None:
     store = service.datastore
-    path = await asyncio.to_thread(store.image, image_id)
+    image = await asyncio.to_thread(store.image, image_id)
     while True:
         try:
-            found = await service.segment(None, served, path)
+            found = await service.segment(None, served, image)
             break
         except Busy:
             await asyncio.sleep(BUSY_SECONDS)
-    await asyncio.to_thread(store.save_label, image_id, tag, found.mask, found.geometry, names=served.names)
+    notes = {"params": {"label_names": served.labels}}  # Slicer names what it loads by them
+    await asyncio.to_thread(store.save_label, image_id, tag, found.mask, found.geometry, names=served.names, info=notes)
 
 
 def _write_manifest(service: Service, served: Served, folder: Path) -> Path:
@@ -212,7 +214,7 @@ def _write_manifest(service: Service, served: Served, folder: Path) -> Path:
     for image_id, label in store.labelled(FINAL).items():
         used = label if served.takes_clicks else _relabelled(label, store.structures, served.labels, folder / "labels")
         if used is not None:
-            cases.append({"image": str(images[image_id]), "label": str(used)})
+            cases.append({"image": str(_image_file(images[image_id], folder / "images")), "label": str(used)})
     if not cases:
         wanted = "" if served.takes_clicks else f" with {', '.join(served.labels)}"
         raise Conflict(f"training needs images with final labels{wanted}; there are none yet")
@@ -222,6 +224,17 @@ def _write_manifest(service: Service, served: Served, folder: Path) -> Path:
     splits = {"training": [case for case in cases if case not in held], "validation": held}
     write_json(folder / "manifest.json", {"name": "studies", "labels": {"0": "background", **labels}, **splits})
     return folder / "manifest.json"
+
+
+def _image_file(image: Image, folder: Path) -> Path:
+    """A CT as a file that training reads: itself, or a NIfTI of a DICOM series."""
+    content = image.content()
+    if isinstance(content, Path):
+        return content
+    path = make_folder(folder) / image.name
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
+    return path
 
 
 def _relabelled(label: Path, structures: dict[str, int], wanted: dict[str, int], folder: Path) -> Path | None:

@@ -63,3 +63,8 @@ def _parts(whole: Any) -> list[Any]:
 
 def _refuse(constant: str) -> None:
     raise ValueError(constant)
+
+
+def shown(text: str) -> str:
+    """The beginning of what a client sent, in quotes, for an answer."""
+    return repr(text[:80])

@@ -6,18 +6,18 @@ import secrets
 import shutil
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
-from pathlib import Path
 from typing import Any
 
-from fastapi import UploadFile
+from fastapi import Request, UploadFile
 from fastapi.responses import Response
 from starlette.concurrency import run_in_threadpool
 
 from ctseg.clicks import Click
 from ctseg.engine.session import voxel_of
+from ctseg.server.images import FileImage, Image
 from ctseg.server.masks import MEDIA_TYPES
 from ctseg.server.problems import Invalid
-from ctseg.server.service import MAX_CLICKS, Service, Upload
+from ctseg.server.service import MAX_CLICKS, Segmentation, Served, Service, Upload
 from ctseg.server.texts import read_json
 from ctseg.server.uploads import received
 from ctseg.volume import Geometry
@@ -26,8 +26,8 @@ from ctseg.volume import Geometry
 @asynccontextmanager
 async def image_for(
     service: Service, *, image: str | None = None, session_id: str | None = None, file: UploadFile | None = None
-) -> AsyncIterator[Path]:
-    """The file of an image that is sent along, of a session, or of the studies; the first of these that is given.
+) -> AsyncIterator[Image]:
+    """The image that is sent along, of a session, or of the studies; the first of these that is given.
 
     Raises:
         Invalid: if none is given.
@@ -35,9 +35,9 @@ async def image_for(
     """
     with ExitStack() as stack:
         if file is not None and file.filename:
-            yield await run_in_threadpool(stack.enter_context, received(service, file))
+            yield FileImage(await run_in_threadpool(stack.enter_context, received(service, file)))
         elif session_id:
-            yield service.uploads.get(session_id).content.path
+            yield service.uploads.get(session_id).content.image
         elif image:
             yield await run_in_threadpool(service.datastore.image, image)
         else:
@@ -53,12 +53,22 @@ def keep_upload(service: Service, file: UploadFile, seconds: int) -> str:
     """
     service.uploads.check_room()
     with received(service, file) as path:
-        service.check_size(path)
+        service.check_size(FileImage(path))
         folder = service.scratch / f"session-{secrets.token_hex(8)}"
         folder.mkdir(mode=0o700)
         kept = folder / path.name
         shutil.move(path, kept)
-    return service.uploads.add(Upload(kept), seconds if seconds > 0 else None)
+    return service.uploads.add(Upload(FileImage(kept)), seconds if seconds > 0 else None)
+
+
+async def segment_for(
+    request: Request, service: Service, served: Served, image: Image, params: dict[str, Any]
+) -> Segmentation:
+    """The mask of a model, by the clicks in `params` if it takes any."""
+    if not served.takes_clicks:
+        return await service.segment(request, served, image)
+    geometry = await run_in_threadpool(service.check_size, image)
+    return await service.segment_clicks(request, served, image, clicks_in(params, geometry))
 
 
 def clicks_in(params: Mapping[str, Any], geometry: Geometry) -> list[Click]:

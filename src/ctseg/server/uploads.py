@@ -11,8 +11,8 @@ from typing import Any
 
 from fastapi import UploadFile
 
-from ctseg.io.images import read_image
 from ctseg.manifest import IMAGE_SUFFIXES, image_stem, is_image_name
+from ctseg.server.images import FileImage
 from ctseg.server.problems import Invalid, WrongFile
 from ctseg.server.service import Service
 from ctseg.server.texts import read_json
@@ -54,8 +54,10 @@ def add_image(service: Service, file: UploadFile, image_id: str | None = None) -
     stem = image_stem(Path((file.filename or "").replace("\\", "/")))
     wanted = image_stem(Path(image_id)) if image_id and is_image_name(Path(image_id)) else image_id
     with received(service, file) as path:
-        service.check_size(path)
-        read_image(path)
+        image = FileImage(path)
+        service.check_size(image)
+        with service.unpacking:
+            image.read()
         return service.datastore.add_image(wanted or stem, path)
 
 
