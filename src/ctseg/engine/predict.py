@@ -147,8 +147,9 @@ def window_logits(
     the image's order in memory. On the CPU the logits lie on the disk of `scratch`, if it is given. `fast` leaves out
     windows that would hardly change the mask.
     """
-    asked, image_XYZ = device_of(image_XYZ), to_work_on(image_XYZ)
-    forward = model.forward if asked is device_of(image_XYZ) else through_torch(model.forward)
+    given, image_XYZ = image_XYZ, to_work_on(image_XYZ)
+    asked = device_of(given)
+    forward = model.forward if image_XYZ is given else through_torch(model.forward)
     xp = array_namespace(image_XYZ)
     shape, window = _size(image_XYZ.shape), inference.window_size
     starts = list(window_starts(_size(map(max, shape, window)), window, inference.overlap))
