@@ -1,6 +1,6 @@
 """Arrays of either library: NumPy's on the CPU, torch's on a GPU. The same code works on both.
 
-It calls the functions of the array API standard, through array-api-compat, in whose terms both libraries are one.
+It calls the functions of the array API standard, which NumPy has itself and torch through array-api-compat.
 torch is imported only where a tensor is asked for.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
-from array_api_compat import array_namespace, device, is_torch_array
+from array_api_compat import device, is_torch_array
 from numpy.typing import NDArray
 
 from ctseg.scratch import new_array, release
@@ -35,6 +35,15 @@ class _Host:
 
 HOST = cast("torch.device", _Host())
 """Stands for `torch.device("cpu")` where torch need not be imported: arrays that are made for it are NumPy's."""
+
+
+def array_namespace(values: Array) -> Any:
+    """The functions of the array API standard for an array; NumPy has them itself, and compat takes long to load."""
+    if isinstance(values, np.ndarray):
+        return np
+    from array_api_compat import array_namespace
+
+    return array_namespace(values)
 
 
 def device_of(values: Array) -> torch.device:

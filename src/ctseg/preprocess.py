@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from array_api_compat import array_namespace
 from numpy.typing import NDArray
 
 from ctseg.arrays import (
     Array,
+    array_namespace,
     as_asked,
     device_of,
     release_array,

@@ -91,7 +91,10 @@ def count_values(labels: NDArray[np.uint8], number: int) -> NDArray[np.int64]:
     """How many voxels have each value from 0 on, for `number` values or as many as there are."""
     counts = np.zeros(256, dtype=np.int64)
     for slab in in_slabs(labels):
-        counts += np.bincount(slab.ravel(order="K"), minlength=256)
+        if slab.any():
+            counts += np.bincount(slab.ravel(order="K"), minlength=256)
+        else:  # as most slabs are; to look is far faster than to count
+            counts[0] += slab.size
     return counts[: max(number, int(counts.nonzero()[0].max(initial=0)) + 1)]
 
 

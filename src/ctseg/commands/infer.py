@@ -35,6 +35,7 @@ from ctseg.commands.common import (
 from ctseg.errors import CasesFailed, CtsegError
 from ctseg.files import folder_if_used, make_folder
 from ctseg.jobs import Options, Shard, choose_shard, find_jobs
+from ctseg.lean import import_nibabel_alone
 from ctseg.progress import make_progress
 from ctseg.report.tables import render_table
 from ctseg.workspace import resolve_model
@@ -106,6 +107,7 @@ def infer(
         with folder_if_used(output):
             _infer_in_parts(gpus or 1, shard, path, as_json)
         return
+    import_nibabel_alone()
     from ctseg.engine.infer import infer as run
     from ctseg.engine.model import load_model, runtime_for
     from ctseg.engine.plan import plan_run

@@ -12,10 +12,9 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from array_api_compat import array_namespace
 from numpy.typing import NDArray
 
-from ctseg.arrays import Array, device_of, to_numpy, to_work_on, zeros
+from ctseg.arrays import Array, array_namespace, device_of, to_numpy, to_work_on, zeros
 from ctseg.preprocess import slabs_of
 
 Start = tuple[int, int, int]

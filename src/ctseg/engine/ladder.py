@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from array_api_compat import array_namespace
 
-from ctseg.arrays import HOST, Array, as_asked, to_device, to_numpy
+from ctseg.arrays import HOST, Array, array_namespace, as_asked, to_device, to_numpy
 from ctseg.engine.backends import Forward
 from ctseg.engine.model import Model
 from ctseg.preprocess import Prepared, prepare

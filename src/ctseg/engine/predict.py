@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from array_api_compat import array_namespace
 from numpy.typing import NDArray
 
 from ctseg.arrays import (
     Array,
+    array_namespace,
     as_asked,
     cut_box,
     device_of,

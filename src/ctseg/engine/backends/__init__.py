@@ -11,10 +11,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import numpy as np
-from array_api_compat import array_namespace
 from numpy.typing import NDArray
 
-from ctseg.arrays import Array, as_asked, device_of, to_numpy
+from ctseg.arrays import Array, array_namespace, as_asked, device_of, to_numpy
 from ctseg.engine.runtime import Runtime
 
 if TYPE_CHECKING:
