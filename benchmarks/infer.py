@@ -110,7 +110,7 @@ def _print_processes(volume: Path, results: dict[str, list[Run]], cold: dict[str
         faster = statistics.median(ratios([r.seconds for r in first], seconds))
         smaller = statistics.median(ratios([r.peak_mb for r in first], peaks))
         told = f"{cold[way]:.1f}" if way in cold else "-"
-        print(f"{way:20}{spread(seconds):>25}{faster:>6.1f}x{told:>9}{spread(peaks, 0):>25}{smaller:>6.1f}x")
+        print(f"{way:20}{spread(seconds):>25}{faster:>6.1f}x{told:>9}{spread(peaks, 0):>25}{smaller:>6.1f}x", flush=True)
 
 
 def _print_stages(results: dict[str, list[Run]]) -> None:
@@ -206,7 +206,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, nargs=3)
     parser.add_argument("--overlap", type=float)
     parser.add_argument("--way", nargs="+", default=list(WAYS))
-    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--repetitions", type=int, default=5, help="0: a single round")
     options = parser.parse_args()
     print(machine())
     found: dict[str, list[float]] = {}

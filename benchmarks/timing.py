@@ -59,12 +59,15 @@ def _json(stdout: str) -> Any:
 
 
 def in_turn(commands: dict[str, list[str]], repetitions: int) -> dict[str, list[Run]]:
-    """A B A B ...: every command `repetitions` times, after one uncounted round that warms the file cache."""
+    """A B A B ...: every command `repetitions` times, after one uncounted round that warms the file cache.
+
+    With 0 repetitions there is that round alone, and it counts: for what takes too long to be run twice.
+    """
     results: dict[str, list[Run]] = {name: [] for name in commands}
     for repetition in range(repetitions + 1):
         for name, command in commands.items():
             result = run(command)
-            if repetition > 0:
+            if repetition > 0 or repetitions == 0:
                 results[name].append(result)
     return results
 

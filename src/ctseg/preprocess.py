@@ -51,7 +51,8 @@ class Prepared:
     """A network's input and the two grids it lies between.
 
     Attributes:
-        image_XYZ: float32 in 0..1; a view in the source's order of memory, no copy.
+        image_XYZ: float32 in 0..1. In memory of the CPU z lies fastest, as windows are cut along it; on disk and on a
+            GPU it has the source's order.
         geometry: The RAS grid of `image_XYZ`.
         source: The grid of the CT it was made from.
     """
@@ -152,7 +153,8 @@ def prepare(volume: Volume, spec: Preprocess, device: torch.device, scratch: Pat
     axes = _memory_order(volume.array)
     taps = [_to_network_grid(volume.geometry, grid, axis, device) for axis in axes]
     source = volume.array.transpose(axes)
-    out = zeros(tuple(len(t) for t in taps), device, scratch)
+    ras_axes = [orientation_to_ras(volume.geometry)[axis][0] for axis in axes]
+    image_XYZ, out = _image_and_source_order([len(t) for t in taps], ras_axes, device, scratch)
     xp = array_namespace(out)
     for start, slab in _resampled_slabs(source, taps, device):
         slab -= low
@@ -160,8 +162,6 @@ def prepare(volume: Volume, spec: Preprocess, device: torch.device, scratch: Pat
         part = out[start : start + len(slab)]
         part[...] = xp.clip(slab, 0.0, 1.0)
         release_array(part)
-    ras_axes = [orientation_to_ras(volume.geometry)[axis][0] for axis in axes]
-    image_XYZ = xp.permute_dims(out, tuple(ras_axes.index(n) for n in range(3)))
     return Prepared(as_asked(image_XYZ, device), grid, volume.geometry)
 
 
@@ -215,12 +215,26 @@ def restore(scores_CXYZ: Array, prepared: Prepared, scratch: Path | None = None)
         targets.append(slice(start, stop))
     cropped = scores_CXYZ[..., crops[0], crops[1], crops[2]]
     by_memory = array_namespace(cropped).permute_dims(cropped, (0, *(1 + order[axis][0] for axis in (2, 1, 0))))
+    if isinstance(by_memory, np.ndarray) and abs(by_memory.strides[1]) < max(by_memory.strides[2:], default=0):
+        by_memory = np.ascontiguousarray(by_memory)  # slabs of it are read one after another
     target = labels.transpose(2, 1, 0)[tuple(targets)]
     for start, decided in _decided_slabs(by_memory, taps):
         slab = target[start : start + len(decided)]
         slab[...] = to_numpy(decided)
         release(slab)
     return labels
+
+
+def _image_and_source_order(
+    sizes: list[int], ras_axes: list[int], device: torch.device, scratch: Path | None
+) -> tuple[Array, Array]:
+    """Zeros `[X, Y, Z]`, and the same array with its axes in the source's order, whose n-th is `ras_axes[n]`."""
+    by_ras = tuple(ras_axes.index(n) for n in range(3))
+    if device.type == "cpu" and scratch is None:
+        image_XYZ = zeros(tuple(sizes[n] for n in by_ras), device)
+        return image_XYZ, array_namespace(image_XYZ).permute_dims(image_XYZ, tuple(ras_axes))
+    out = zeros(tuple(sizes), device, scratch)
+    return array_namespace(out).permute_dims(out, by_ras), out
 
 
 def slabs_of(values_CXYZ: Array) -> Iterator[tuple[slice, slice, slice, slice]]:
