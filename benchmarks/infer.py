@@ -110,7 +110,8 @@ def _print_processes(volume: Path, results: dict[str, list[Run]], cold: dict[str
         faster = statistics.median(ratios([r.seconds for r in first], seconds))
         smaller = statistics.median(ratios([r.peak_mb for r in first], peaks))
         told = f"{cold[way]:.1f}" if way in cold else "-"
-        print(f"{way:20}{spread(seconds):>25}{faster:>6.1f}x{told:>9}{spread(peaks, 0):>25}{smaller:>6.1f}x", flush=True)
+        print(f"{way:20}{spread(seconds):>25}{faster:>6.1f}x{told:>9}{spread(peaks, 0):>25}{smaller:>6.1f}x")
+    sys.stdout.flush()
 
 
 def _print_stages(results: dict[str, list[Run]]) -> None:

@@ -329,7 +329,12 @@ def _bytes(
         share = _window_share(model.recipe, extent, grid)
         image_bytes, logits_bytes = int(image_bytes * share), int(logits_bytes * share)
     kept = held if keep else 0
-    stages = (held + max(reading, image_bytes), kept + image_bytes + logits_bytes, kept + logits_bytes + mask)
+    in_order = logits_bytes if placement.grids is None else 0  # a copy of the part that holds labels, at most all
+    stages = (
+        held + max(reading, image_bytes),
+        kept + image_bytes + logits_bytes,
+        kept + logits_bytes + in_order + mask,
+    )
     return max(stages), max(held + reading, kept + mask), disk
 
 
