@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ctseg.clicks import Click, network_input, next_click
-from ctseg.engine.runtime import tune_allocator
+from ctseg.engine.process import tune_allocator
 from timing import machine, ratios, spread
 
 SIGMA = 2

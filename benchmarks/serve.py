@@ -129,7 +129,7 @@ def mask_over_network(model: Path, image: Path, repetitions: int = 7) -> None:
 
     def timed(input_BCXYZ: torch.Tensor) -> torch.Tensor:
         started = time.perf_counter()
-        logits = loaded.forward(input_BCXYZ)
+        logits: torch.Tensor = loaded.forward(input_BCXYZ)
         own.append(time.perf_counter() - started)
         return logits
 

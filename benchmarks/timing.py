@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,18 +22,21 @@ class Run:
     seconds: float
     peak_mb: float
     printed: Any
-    """The JSON object on its last line of stdout, or None."""
+    """The JSON that it printed: all of stdout, or the object on its last line; else None."""
 
 
-def run(command: Sequence[str]) -> Run:
+def run(command: Sequence[str], environ: Mapping[str, str] | None = None) -> Run:
     """Runs a command in a fresh process; its peak memory is the kernel's own account of that process.
+
+    The account begins with what this process has in memory: call it from a small one. `environ` is set besides this
+    process's own environment.
 
     Raises:
         RuntimeError: if it fails, with the end of what it wrote to stderr.
     """
-    started = time.perf_counter()
+    started, environment = time.perf_counter(), {**os.environ, **(environ or {})}
     with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
         assert process.stdout is not None
         stdout = process.stdout.read()
         _, status, usage = os.wait4(process.pid, 0)
@@ -43,9 +46,16 @@ def run(command: Sequence[str]) -> Run:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} failed with {process.returncode}: {stderr[-500:]}")
-    lines = stdout.strip().splitlines()
-    printed = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else None
-    return Run(seconds, usage.ru_maxrss / 1024, printed)
+    return Run(seconds, usage.ru_maxrss / 1024, _json(stdout))
+
+
+def _json(stdout: str) -> Any:
+    for text in (stdout, *stdout.strip().splitlines()[-1:]):
+        try:
+            return json.loads(text)
+        except ValueError:
+            continue
+    return None
 
 
 def in_turn(commands: dict[str, list[str]], repetitions: int) -> dict[str, list[Run]]:

@@ -150,7 +150,7 @@ def time_pipeline(options: argparse.Namespace, kind: str) -> dict[str, float]:
     """Milliseconds for each patch of a warm pipeline, with one thread."""
     import torch
 
-    from ctseg.engine.runtime import tune_allocator
+    from ctseg.engine.process import tune_allocator
 
     torch.set_num_threads(1)
     memory, started = Memory(), time.perf_counter()

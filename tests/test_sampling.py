@@ -12,8 +12,9 @@ from monai.transforms import Flip, Rotate90
 from monai.transforms.utils import correct_crop_centers
 from numpy.typing import NDArray
 
+from ctseg.arrays import cut_box
 from ctseg.recipe import load_recipe
-from ctseg.sampling import CaseArrays, Draw, cut_batch, cut_patch, draw_start, draw_step, epoch_batches, generator
+from ctseg.sampling import CaseArrays, Draw, cut_batch, draw_start, draw_step, epoch_batches, generator
 from ctseg.specs import Augmentation, Sampling
 
 SAMPLING = Sampling(patch_size=(8, 6, 4), patches_per_case=4, positive_fraction=0.5)
@@ -238,7 +239,7 @@ def test_shifting_a_batch_leaves_the_case_alone() -> None:
 def test_a_small_case_is_padded_on_both_sides() -> None:
     """3 x 7 x 2 into 8 x 6 x 5: x lacks 5 (2 before, 3 after), y is cut, z lacks 3 (1 before, 2 after)."""
     image = np.random.default_rng(0).uniform(0.5, 1, (3, 7, 2)).astype(np.float16)
-    patch = cut_patch(torch.from_numpy(image), (0, 1, 0), (8, 6, 5))
+    patch = cut_box(torch.from_numpy(image), (0, 1, 0), (8, 6, 5))
     expected = np.zeros((8, 6, 5), np.float16)
     expected[2:5, :, 1:3] = image[:, 1:]
     np.testing.assert_array_equal(patch.numpy(), expected)

@@ -4,26 +4,41 @@ Equal to MONAI's Orientation(RAS) -> Spacing(bilinear, border) -> ScaleIntensity
 Spacing and Orientation with linear interpolation followed by argmax, but leaner: linear resampling between two grids
 with the same axes is separable, so it runs one axis after another, slab by slab along the slowest axis of memory;
 axis flips are folded into the sampling positions; and scores are restored only inside the box that can hold a label.
+On the CPU it is NumPy's work, on a GPU torch's (see `ctseg.arrays`).
 
 Shape suffixes: X Y Z the network's RAS grid, IJK the array axes of a file, C channels.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
+from array_api_compat import array_namespace
 from numpy.typing import NDArray
-from torch import Tensor
 
+from ctseg.arrays import (
+    Array,
+    as_asked,
+    device_of,
+    release_array,
+    strides_of,
+    to_device,
+    to_numpy,
+    to_work_on,
+    zeros,
+)
 from ctseg.errors import ImageError
 from ctseg.scratch import SLAB_VOXELS, new_array, release
 from ctseg.specs import Preprocess
 from ctseg.volume import Geometry, Volume, orientation_to_ras, to_ras
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_VOXELS = 2**30
 """More on the network's grid is a damaged header, not a CT: a whole body at 1 mm has half of this."""
@@ -41,7 +56,7 @@ class Prepared:
         source: The grid of the CT it was made from.
     """
 
-    image_XYZ: Tensor
+    image_XYZ: Array
     geometry: Geometry
     source: Geometry
 
@@ -50,9 +65,9 @@ class Prepared:
 class Taps:
     """Linear sampling along one axis: value n is `a[low[n]] * (1 - weight[n]) + a[high[n]] * weight[n]`."""
 
-    low: Tensor
-    high: Tensor
-    weight: Tensor
+    low: Array
+    high: Array
+    weight: Array
 
     @classmethod
     def at(cls, positions: NDArray[np.floating], size: int, device: torch.device) -> Taps:
@@ -61,7 +76,7 @@ class Taps:
         low = np.minimum(np.floor(clamped).astype(np.int64), max(size - 2, 0))
         weight = (clamped - low).astype(np.float32)
         high = np.minimum(low + 1, size - 1)
-        return cls(*(torch.from_numpy(a).to(device) for a in (low, high, weight)))
+        return cls(*(to_device(a, device) for a in (low, high, weight)))
 
     def part(self, start: int, stop: int) -> Taps:
         """The taps of outputs start..stop-1."""
@@ -71,13 +86,16 @@ class Taps:
         """The same taps into an array that starts `offset` voxels later."""
         return Taps(self.low - offset, self.high - offset, self.weight)
 
-    def apply(self, values: Tensor, axis: int) -> Tensor:
+    def apply(self, values: Array, axis: int) -> Array:
         """`values` sampled along `axis`, as float32."""
-        low = values.index_select(axis, self.low).float()
-        high = values.index_select(axis, self.high).float()
-        shape = [1] * values.ndim
-        shape[axis] = -1
-        return low.lerp_(high, self.weight.view(shape))
+        xp = array_namespace(values)
+        low, high = (
+            xp.astype(xp.take(values, index, axis=axis), xp.float32, copy=False) for index in (self.low, self.high)
+        )
+        high -= low
+        high *= self.weight.reshape([-1 if n == axis else 1 for n in range(values.ndim)])
+        low += high
+        return low
 
     def __len__(self) -> int:
         return len(self.weight)
@@ -134,14 +152,17 @@ def prepare(volume: Volume, spec: Preprocess, device: torch.device, scratch: Pat
     axes = _memory_order(volume.array)
     taps = [_to_network_grid(volume.geometry, grid, axis, device) for axis in axes]
     source = volume.array.transpose(axes)
-    out = new_tensor(tuple(len(t) for t in taps), device, scratch)
+    out = zeros(tuple(len(t) for t in taps), device, scratch)
+    xp = array_namespace(out)
     for start, slab in _resampled_slabs(source, taps, device):
+        slab -= low
+        slab /= high - low
         part = out[start : start + len(slab)]
-        part.copy_(slab.sub_(low).div_(high - low).clamp_(0.0, 1.0))
-        release_tensor(part)
+        part[...] = xp.clip(slab, 0.0, 1.0)
+        release_array(part)
     ras_axes = [orientation_to_ras(volume.geometry)[axis][0] for axis in axes]
-    image_XYZ = out.permute([ras_axes.index(n) for n in range(3)])
-    return Prepared(image_XYZ, grid, volume.geometry)
+    image_XYZ = xp.permute_dims(out, tuple(ras_axes.index(n) for n in range(3)))
+    return Prepared(as_asked(image_XYZ, device), grid, volume.geometry)
 
 
 def prepare_labels(labels: Volume, spec: Preprocess) -> NDArray[np.uint8]:
@@ -159,7 +180,7 @@ def prepare_labels(labels: Volume, spec: Preprocess) -> NDArray[np.uint8]:
     return np.ascontiguousarray(sampled.transpose(np.argsort([ras_axis for ras_axis, _ in order])))
 
 
-def restore(scores_CXYZ: Tensor, prepared: Prepared, scratch: Path | None = None) -> NDArray[np.uint8]:
+def restore(scores_CXYZ: Array, prepared: Prepared, scratch: Path | None = None) -> NDArray[np.uint8]:
     """Labels on the CT's own grid, `[i, j, k]` in Fortran order: linear interpolation of the scores, then a decision.
 
     Args:
@@ -173,7 +194,8 @@ def restore(scores_CXYZ: Tensor, prepared: Prepared, scratch: Path | None = None
     neighbours on the network's grid has it: work is confined to that box, and the result is exactly that of
     resampling the whole volume.
     """
-    source = prepared.source
+    scores_CXYZ, source = to_work_on(scores_CXYZ), prepared.source
+    device = device_of(scores_CXYZ)
     labels: NDArray[np.uint8] = new_array(source.size[::-1], np.uint8, scratch).T
     box = _label_box(scores_CXYZ)
     if box is None:
@@ -182,7 +204,7 @@ def restore(scores_CXYZ: Tensor, prepared: Prepared, scratch: Path | None = None
     taps, targets, crops = [], [], [slice(None)] * 3
     for axis in (2, 1, 0):  # slowest axis of a Fortran-ordered array first
         ras_axis = order[axis][0]
-        full = _to_source_grid(source, prepared.geometry, axis, scores_CXYZ.device)
+        full = _to_source_grid(source, prepared.geometry, axis, device)
         start, stop = _reach(full, *box[ras_axis])
         if start == stop:
             return labels
@@ -192,80 +214,70 @@ def restore(scores_CXYZ: Tensor, prepared: Prepared, scratch: Path | None = None
         taps.append(part.shifted(first))
         targets.append(slice(start, stop))
     cropped = scores_CXYZ[..., crops[0], crops[1], crops[2]]
-    by_memory = cropped.permute(0, *[1 + order[axis][0] for axis in (2, 1, 0)])
+    by_memory = array_namespace(cropped).permute_dims(cropped, (0, *(1 + order[axis][0] for axis in (2, 1, 0))))
     target = labels.transpose(2, 1, 0)[tuple(targets)]
     for start, decided in _decided_slabs(by_memory, taps):
         slab = target[start : start + len(decided)]
-        slab[...] = decided.cpu().numpy()
+        slab[...] = to_numpy(decided)
         release(slab)
     return labels
 
 
-def new_tensor(shape: tuple[int, ...], device: torch.device, scratch: Path | None = None) -> Tensor:
-    """Float32 zeros on a device; on the CPU they may lie on the disk of a folder, see `ctseg.scratch`."""
-    if device.type == "cpu":
-        return torch.from_numpy(new_array(shape, np.float32, scratch))
-    return torch.zeros(shape, device=device)
-
-
-def release_tensor(values: Tensor) -> None:
-    """`ctseg.scratch.release` for tensors."""
-    if values.device.type == "cpu":
-        release(values.numpy())
-
-
-def slabs_of(values_CXYZ: Tensor) -> Iterator[tuple[slice, slice, slice, slice]]:
+def slabs_of(values_CXYZ: Array) -> Iterator[tuple[slice, slice, slice, slice]]:
     """Indices of slabs of a grid along its slowest axis of memory; the values of each are released after its turn.
 
     On a GPU it is the whole grid at once.
     """
-    axis = max((1, 2, 3), key=values_CXYZ.stride)
-    size = values_CXYZ.shape[axis]
-    depth = max(1, SLAB_VOXELS * size // values_CXYZ.numel()) if values_CXYZ.device.type == "cpu" else size
-    for start in range(0, size, depth):
+    strides = strides_of(values_CXYZ)
+    axis = max((1, 2, 3), key=lambda n: strides[n])
+    length = values_CXYZ.shape[axis]
+    on_cpu = device_of(values_CXYZ).type == "cpu"
+    depth = max(1, SLAB_VOXELS * length // math.prod(values_CXYZ.shape)) if on_cpu else length
+    for start in range(0, length, depth):
         x, y, z = (slice(start, start + depth) if n == axis else slice(None) for n in (1, 2, 3))
         yield slice(None), x, y, z
-        release_tensor(values_CXYZ[:, x, y, z])
+        release_array(values_CXYZ[:, x, y, z])
 
 
-def _decided_slabs(scores: Tensor, taps: list[Taps]) -> Iterator[tuple[int, Tensor]]:
+def _decided_slabs(scores: Array, taps: list[Taps]) -> Iterator[tuple[int, Array]]:
+    device = device_of(scores)
     if len(scores) == 1:
-        for start, slab in _resampled_slabs(scores[0], taps, scores.device):
-            yield start, (slab > 0).to(torch.uint8)
+        for start, slab in _resampled_slabs(scores[0], taps, device):
+            yield start, slab > 0
         return
-    for slabs in zip(*(_resampled_slabs(channel, taps, scores.device) for channel in scores), strict=True):
+    xp = array_namespace(scores)
+    for slabs in zip(*(_resampled_slabs(channel, taps, device) for channel in scores), strict=True):
         start, best = slabs[0]
-        decided = torch.zeros(best.shape, dtype=torch.uint8, device=scores.device)
+        decided = xp.zeros_like(best, dtype=xp.uint8)
         for value, (_, slab) in enumerate(slabs[1:], start=1):
             wins = slab > best
-            decided.masked_fill_(wins, value)
-            best = torch.where(wins, slab, best)
+            decided[wins] = value
+            best = xp.where(wins, slab, best)
         yield start, decided
 
 
-def _label_box(scores_CXYZ: Tensor) -> list[tuple[int, int]] | None:
+def _label_box(scores_CXYZ: Array) -> list[tuple[int, int]] | None:
     """First and last index along X, Y, Z of voxels with a label, or None where there is none."""
-    labelled = [torch.zeros(n, dtype=torch.bool, device=scores_CXYZ.device) for n in scores_CXYZ.shape[1:]]
+    xp = array_namespace(scores_CXYZ)
+    labelled = [np.zeros(n, dtype=bool) for n in scores_CXYZ.shape[1:]]
     for box in slabs_of(scores_CXYZ):
         slab = scores_CXYZ[box]
-        lead_XYZ = slab[0] if len(slab) == 1 else slab[1:].amax(dim=0) - slab[0]
-        lead_XY = lead_XYZ.amax(dim=2)
-        profiles = (lead_XY.amax(dim=1), lead_XY.amax(dim=0), lead_XYZ.amax(dim=0).amax(dim=0))
+        lead_XYZ = slab[0] if len(slab) == 1 else xp.max(slab[1:], axis=0) - slab[0]
+        lead_XY = xp.max(lead_XYZ, axis=2)
+        profiles = (xp.max(lead_XY, axis=1), xp.max(lead_XY, axis=0), xp.max(xp.max(lead_XYZ, axis=0), axis=0))
         for places, part, profile in zip(labelled, box[1:], profiles, strict=True):
-            places[part] |= profile > 0
-    hits = [places.nonzero() for places in labelled]
+            places[part] |= to_numpy(profile > 0)
+    hits = [places.nonzero()[0] for places in labelled]
     return None if len(hits[0]) == 0 else [(int(hit[0]), int(hit[-1])) for hit in hits]
 
 
 def _reach(taps: Taps, first: int, last: int) -> tuple[int, int]:
     """The range start..stop of outputs that read any input in first..last; empty where all step over it."""
-    touching = ((taps.high >= first) & (taps.low <= last)).nonzero()
+    touching = to_numpy((taps.high >= first) & (taps.low <= last)).nonzero()[0]
     return (int(touching[0]), int(touching[-1]) + 1) if len(touching) else (0, 0)
 
 
-def _resampled_slabs(
-    source: Tensor | NDArray[Any], taps: list[Taps], device: torch.device
-) -> Iterator[tuple[int, Tensor]]:
+def _resampled_slabs(source: Array, taps: list[Taps], device: torch.device) -> Iterator[tuple[int, Array]]:
     """Pieces (start, float32 values) of `source` sampled by `taps`, along axis 0; parts that were read are released."""
     plane = max(source.shape[1] * source.shape[2], len(taps[1]) * len(taps[2]))
     depth = max(1, SLAB_VOXELS // plane)
@@ -273,12 +285,9 @@ def _resampled_slabs(
         part = taps[0].part(start, min(start + depth, len(taps[0])))
         first, last = int(part.low.min()), int(part.high.max())
         stored = source[first : last + 1]
-        values = stored if isinstance(stored, Tensor) else _tensor(stored)
-        slab = part.shifted(first).apply(values.to(device), 0)
-        if isinstance(stored, Tensor):
-            release_tensor(stored)
-        else:
-            release(stored)
+        values = to_device(stored, device) if isinstance(stored, np.ndarray) else stored
+        slab = part.shifted(first).apply(values, 0)
+        release_array(stored)
         yield start, taps[2].apply(taps[1].apply(slab, 1), 2)
 
 
@@ -307,11 +316,3 @@ def _to_source_grid(source: Geometry, grid: Geometry, axis: int, device: torch.d
 def _memory_order(array: NDArray[Any]) -> list[int]:
     """The array's axes, slowest in memory first."""
     return sorted(range(3), key=lambda axis: -abs(array.strides[axis]))
-
-
-def _tensor(array: NDArray[Any]) -> Tensor:
-    """The array as a tensor; copied only if torch cannot hold its type or strides."""
-    if array.dtype in (np.uint16, np.uint32, np.uint64) or not array.dtype.isnative:
-        array = array.astype(np.int32 if array.dtype == np.uint16 else np.float32)
-    array = np.ascontiguousarray(array)
-    return torch.from_numpy(array if array.flags.writeable else array.copy())

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from ctseg.arrays import cut_box
 from ctseg.regions import Region, inside, region_size
 from ctseg.specs import Augmentation, Sampling
 
@@ -200,13 +201,13 @@ def cut_batch(
 def _cut_label(case: CaseArrays, region: Region, window: Start) -> Tensor:
     if case.organ is None:
         return cut_region(case.label_XYZ, region, window)
-    label_XYZ = cut_patch(case.label_XYZ, _triple(max(n, 0) for n in region.start), region.size) == case.organ.value
+    label_XYZ = cut_box(case.label_XYZ, _triple(max(n, 0) for n in region.start), region.size) == case.organ.value
     return _resized(label_XYZ.to(torch.uint8), window, "nearest-exact")
 
 
 def cut_region(values_XYZ: Tensor, region: Region, window: Start) -> Tensor:
     """The values in a region, padded with zeros, in linear interpolation on the window's grid if that is another."""
-    patch_XYZ = cut_patch(values_XYZ, _triple(max(n, 0) for n in region.start), region.size)
+    patch_XYZ = cut_box(values_XYZ, _triple(max(n, 0) for n in region.start), region.size)
     return patch_XYZ if region.size == window else _resized(patch_XYZ.float(), window, "trilinear")
 
 
@@ -225,13 +226,3 @@ def _turn(patch_XYZ: Tensor, draw: Draw) -> Tensor:
     axes = [axis for axis, flipped in enumerate(draw.flips) if flipped]
     flipped = patch_XYZ.flip(axes) if axes else patch_XYZ
     return flipped.rot90(draw.turns, (0, 1)) if draw.turns else flipped
-
-
-def cut_patch(values_XYZ: Tensor, start: Start, size: tuple[int, int, int]) -> Tensor:
-    """The box of `size` at `start`, padded with zeros (half before, half after) where the array is smaller."""
-    patch = values_XYZ[tuple(slice(s, s + n) for s, n in zip(start, size, strict=True))]
-    missing = [n - have for n, have in zip(size, patch.shape, strict=True)]
-    if any(missing):
-        pads = [(m // 2, m - m // 2) for m in missing]
-        patch = functional.pad(patch, [p for pair in reversed(pads) for p in pair])
-    return patch

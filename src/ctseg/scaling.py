@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
+from ctseg.arrays import to_work_on
 from ctseg.preprocess import Prepared, prepare
 from ctseg.specs import Preprocess
 from ctseg.volume import Geometry, Volume, to_ras
+
+if TYPE_CHECKING:
+    import torch
 
 WIDEST_HU = (-32768.0, 32768.0)
 """No scanner stores values beyond 16 bits. In float32 a window of this width is exact to 0.004 HU."""
@@ -31,5 +35,7 @@ def prepare_image(volume: Volume, spec: Preprocess, device: torch.device) -> Pre
         return prepare(volume, spec, device)
     prepared = prepare(volume, dataclasses.replace(spec, hu_window=WIDEST_HU), device)
     (low, high), (lowest, highest) = spec.hu_window, WIDEST_HU
-    prepared.image_XYZ.mul_((highest - lowest) / (high - low)).add_((lowest - low) / (high - low))
+    values_XYZ = to_work_on(prepared.image_XYZ)
+    values_XYZ *= (highest - lowest) / (high - low)
+    values_XYZ += (lowest - low) / (high - low)
     return prepared

@@ -8,7 +8,10 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -176,18 +179,55 @@ def test_json_gives_the_volume_of_the_mask(cli: Callable[..., Any], cts: Path, t
         assert outcome["seconds"] >= outcome["stage_seconds"]["network"] > 0
 
 
+PROGRAM = """
+import sys
+from ctseg.cli import main
+try:
+    main()
+finally:
+    print(*sorted({"torch", "monai"} & set(sys.modules)), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("backend", ["auto", "openvino"])
+def test_what_runs_without_torch_does_not_import_it(
+    cli: Callable[..., Any], cts: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    """An ONNX file on onnxruntime, and a checkpoint on another backend than torch from its second run on."""
+    monkeypatch.setenv("CTSEG_CACHE", str(tmp_path / "cache"))
+
+    cli("export", "--model", tiny_model, "--format", "onnx", "--output", tmp_path / "model.onnx", "--device", "cpu")
+    model = tmp_path / "model.onnx"
+    if backend == "openvino":
+        pytest.importorskip("openvino")
+        model = tiny_model
+    for output, names in (("first", "monai torch" if model == tiny_model else ""), ("second", "")):
+        call = ["infer", "cts", "--output", output, "--model", str(model), "--device", "cpu", "--backend", backend]
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM, *call], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        assert done.stderr.splitlines()[-1] == names
+    cli("infer", "cts", "--output", "exact", "--model", tiny_model, "--device", "cpu", "--backend", "torch")
+    for mask in (tmp_path / "exact").glob("*_seg.*"):
+        ours, wanted = read_labels(tmp_path / "second" / mask.name).array, read_labels(mask).array
+        assert np.count_nonzero(ours != wanted) <= 1e-3 * np.count_nonzero(wanted)
+
+
 def test_fast_says_so_and_keeps_its_masks_apart(cli: Callable[..., Any], cts: Path, tiny_model: Path, tmp_path: Path):
-    from ctseg.engine.runtime import cpu_has_bfloat16
+    from ctseg.engine.process import cpu_has_bfloat16
 
     call = ("infer", "cts", "--output", "masks", "--model", tiny_model, "--device", "cpu")
     result = cli(*call, "--fast")
     assert result.code == 0
-    assert f"{'bfloat16' if cpu_has_bfloat16() else 'float32'}, torch, fast\n" in result.err
+    assert re.search(rf"{'bfloat16' if cpu_has_bfloat16() else 'float32'}, (torch|openvino), fast\n", result.err)
     assert json.loads((tmp_path / "masks" / "ctseg_model.json").read_text())["fast"] is True
     refused = cli(*call)
     assert refused.code == 2
     assert refused.message.startswith("'masks' holds masks made with other options (fast True); choose another")
-    assert "float32, torch, fast\n" in cli(*call, "--fast", "--precision", "float32", "--overwrite").err
+    assert (
+        "float32, torch, fast\n"
+        in cli(*call, "--fast", "--precision", "float32", "--backend", "torch", "--overwrite").err
+    )
 
 
 def test_second_run_skips_what_is_done_and_redoes_what_is_not(
@@ -380,21 +420,25 @@ def test_the_table_of_several_processes_is_that_of_one(
     assert "spleen_ml" in several.out
 
 
+@pytest.mark.parametrize(
+    "backend",
+    ["torch", pytest.param("openvino", marks=pytest.mark.skipif(find_spec("openvino") is None, reason="no OpenVINO"))],
+)
 def test_stopped_by_a_signal_and_done_by_the_same_command(
-    cli: Callable[..., Any], cts: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    cli: Callable[..., Any], cts: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, backend: str
 ):
     from ctseg.engine import infer as engine
 
-    real = engine.predict
+    real = engine.predict_taken
 
     def signalled(*args: Any, **options: Any) -> Any:
         mask = real(*args, **options)
         os.kill(os.getpid(), signal.SIGUSR1)
         return mask
 
-    monkeypatch.setattr(engine, "predict", signalled)
+    monkeypatch.setattr(engine, "predict_taken", signalled)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
-    call = ("infer", "cts", "--output", "masks", "--model", tiny_model)
+    call = ("infer", "cts", "--output", "masks", "--model", tiny_model, "--device", "cpu", "--backend", backend)
     try:
         result = cli(*call)
     finally:
@@ -403,7 +447,7 @@ def test_stopped_by_a_signal_and_done_by_the_same_command(
     assert (result.code, result.out) == (75, "")
     assert result.message == "stopped by a signal after 1 of 4 CTs; the same command goes on"
     assert len(list((tmp_path / "masks").glob("*_seg.*"))) == 1
-    monkeypatch.setattr(engine, "predict", real)
+    monkeypatch.setattr(engine, "predict_taken", real)
     assert sorted(o["status"] for o in json.loads(cli(*call, "--json").out)) == ["done", "done", "done", "skipped"]
 
 

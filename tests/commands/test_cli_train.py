@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from ctseg.engine.runtime import cpu_has_bfloat16
+from ctseg.engine.process import cpu_has_bfloat16
 from ctseg.files import write_json
 from ctseg.manifest import Manifest, read_manifest
 from ctseg.recipe import Recipe, load_recipe, recipe_from_dict

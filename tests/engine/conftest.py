@@ -31,7 +31,7 @@ def one_thread() -> None:
 @pytest.fixture(scope="session")
 def cpu() -> Runtime:
     """One process on the CPU in float32."""
-    return Runtime(torch.device("cpu"), None)
+    return Runtime(torch.device("cpu"))
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """Every backend gives the eager network's answer, for every kind of network and in every precision it has."""
 
 import itertools
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -23,10 +22,7 @@ from ctseg.networks import fold_for_inference, network_for
 from ctseg.recipe import Recipe, load_recipe
 from ctseg.sources.phantom import centered_grid, make_phantom
 
-needs_openvino = pytest.mark.skipif(
-    not is_installed("openvino") or "CTSEG_TEST_OPENVINO" not in os.environ,
-    reason="needs OpenVINO and CTSEG_TEST_OPENVINO=1: a signal to a process that has used it can end it",
-)
+needs_openvino = pytest.mark.skipif(not is_installed("openvino"), reason="OpenVINO is not installed")
 BACKENDS = [
     pytest.param(torchscript, id="torch"),
     pytest.param(onnx, id="onnxruntime"),
@@ -101,7 +97,7 @@ def test_bfloat16_is_close_to_float32_and_not_the_same(
     size = NETWORKS[name][2]
     with torch.inference_mode():
         wanted = network(windows(size))
-    runtime = Runtime(torch.device("cpu"), torch.bfloat16)
+    runtime = Runtime(torch.device("cpu"), "bfloat16")
     forward = backend.load(backend.compile_network(fold_for_inference(network), size, runtime), size, runtime)
     got = forward(windows(size))
     assert got.dtype == torch.float32
@@ -122,7 +118,7 @@ def test_windows_of_another_size_are_a_bug(
 @pytest.mark.parametrize("backend", ["torch", pytest.param("openvino", marks=needs_openvino)])
 def test_masks_of_a_trained_network_agree(tiny_checkpoint: Path, cpu: Runtime, backend: str) -> None:
     """Organs of 5 000 to 10 000 voxels; reduced precision moves the border of larger ones by less."""
-    reduced = Runtime(torch.device("cpu"), torch.bfloat16)
+    reduced = Runtime(torch.device("cpu"), "bfloat16")
     eager = load_model(tiny_checkpoint, cpu)
     eager = replace(eager, forward=forward_of(load_network(tiny_checkpoint)[1], cpu))
     exact, close = load_model(tiny_checkpoint, cpu, backend), load_model(tiny_checkpoint, reduced, backend)
@@ -146,3 +142,67 @@ assert not [name for name, module in sys.modules.items() if name.startswith("ope
 """
     subprocess.run([sys.executable, "-c", program], check=True, env={"HOME": str(tmp_path)}, timeout=60)
     assert list(tmp_path.iterdir()) == []
+
+
+ALL_SIGNALS_AT_ONCE = """
+import ctypes, gc, os, signal, sys, threading
+import torch
+from torch import nn
+from ctseg.engine.backends import openvino
+from ctseg.engine.process import STOP_SIGNALS
+from ctseg.engine.runtime import Runtime
+
+class Stack(ctypes.Structure):
+    _fields_ = [("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("num_bytes", ctypes.c_size_t)]
+
+def signal_stack():
+    stack = Stack()
+    assert ctypes.CDLL(None).sigaltstack(None, ctypes.byref(stack)) == 0
+    return stack.start, stack.num_bytes
+
+def load(precision):
+    runtime = Runtime(torch.device("cpu"), precision)
+    return openvino.load(openvino.compile_network(network, window, runtime), window, runtime)
+
+def stop():
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    for number in STOP_SIGNALS:
+        os.kill(os.getpid(), number)
+    image = torch.rand(1, 32, *window)
+    for forward in models:
+        forward(image)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+def forget_first():
+    del models[0]
+    gc.collect()
+
+seen = []
+for number in STOP_SIGNALS:
+    signal.signal(number, lambda number, _: seen.append(number))
+before = signal_stack()
+window = (16, 16, 16)
+network = nn.Sequential(*[nn.Conv3d(32, 32, 3, padding=1) for _ in range(3)])
+models = [load(precision) for precision in ("float32", "bfloat16", "bfloat16")]
+stop()
+forget_first()
+stop()
+other = threading.Thread(target=forget_first)
+other.start()
+other.join()
+stop()
+forget_first()
+stop()
+assert sorted(seen) == sorted([*STOP_SIGNALS] * 4), seen
+assert signal_stack() == before
+"""
+
+
+@needs_openvino
+@pytest.mark.skipif(sys.platform != "linux", reason="the alternate signal stack is read as Linux lays it out")
+@pytest.mark.parametrize("options", [(), ("-X", "faulthandler")])
+def test_openvino_leaves_signals_to_python_while_models_come_and_go(options: tuple[str, ...]) -> None:
+    """In a process of its own, which a signal would end."""
+    command = [sys.executable, *options, "-c", ALL_SIGNALS_AT_ONCE]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stderr) == (0, "")

@@ -31,7 +31,7 @@ def organs(tiny_organs: Path) -> Manifest:
 
 @pytest.fixture(scope="module")
 def model(clicks_recipe: Recipe) -> Model:
-    return Model(clicks_recipe, around_clicks, Runtime(torch.device("cpu"), None), Path("made.pt"), "")
+    return Model(clicks_recipe, around_clicks, Runtime(torch.device("cpu")), Path("made.pt"), "")
 
 
 def test_every_organ_of_every_case_after_every_click(model: Model, organs: Manifest) -> None:
@@ -73,7 +73,7 @@ def test_a_mask_that_is_the_label_needs_no_more_clicks(clicks_recipe: Recipe, or
         calls.append(1)
         return torch.full_like(image[:, :1], 9.0)
 
-    model = Model(clicks_recipe, everything, Runtime(torch.device("cpu"), None), Path("made.pt"), "")
+    model = Model(clicks_recipe, everything, Runtime(torch.device("cpu")), Path("made.pt"), "")
     whole = Case(name="whole", split="testing", image=tmp_path / "image.nii.gz", label=tmp_path / "all.nii.gz")
     (score,) = evaluate_clicks(model, (whole,), {}, 5, 0, Silent()).scores
     assert score == OrganScore("whole", "label 1", (1.0,) * 5)
@@ -111,6 +111,6 @@ def test_tables_and_curves(model: Model, organs: Manifest, tmp_path: Path) -> No
 
 
 def test_a_model_without_clicks_is_refused(tiny_recipe: Recipe, organs: Manifest) -> None:
-    model = Model(tiny_recipe, around_clicks, Runtime(torch.device("cpu"), None), Path("made.pt"), "")
+    model = Model(tiny_recipe, around_clicks, Runtime(torch.device("cpu")), Path("made.pt"), "")
     with pytest.raises(ModelError, match="segments without clicks"):
         evaluate_clicks(model, organs.split("testing"), {}, 3, 0, Silent())

@@ -13,7 +13,7 @@ import torch
 from ctseg.clicks import Click
 from ctseg.engine import export as engine
 from ctseg.engine.export import ExportReport, export
-from ctseg.engine.model import Model, load_model
+from ctseg.engine.model import Forward, Model, forward_of, load_model, load_network
 from ctseg.engine.predict import predict
 from ctseg.engine.runtime import Runtime
 from ctseg.engine.session import segment_clicks
@@ -37,6 +37,12 @@ def exported(request, tiny_checkpoint: Path, cpu: Runtime, tmp_path_factory) -> 
     """The tiny model in each format."""
     output = tmp_path_factory.mktemp("export") / f"model{FORMATS[request.param]}"
     return export(tiny_checkpoint, request.param, output, cpu)
+
+
+@pytest.fixture(scope="module")
+def eager(tiny_checkpoint: Path, cpu: Runtime) -> Forward:
+    """The checkpoint's network as PyTorch runs it."""
+    return forward_of(load_network(tiny_checkpoint)[1], cpu)
 
 
 def agreement(checkpoint: Path, file: Path, volume: Volume, runtime: Runtime) -> tuple[float, float]:
@@ -70,11 +76,13 @@ def test_report_says_what_is_in_the_file(exported: ExportReport, tiny_recipe: Re
     assert not any(tensor.external_data for tensor in model.graph.initializer)
 
 
-def test_report_measures_what_the_files_differ_by(exported: ExportReport, tiny_model: Model, cpu: Runtime) -> None:
+def test_report_measures_what_the_files_differ_by(
+    exported: ExportReport, tiny_model: Model, eager: Forward, cpu: Runtime
+) -> None:
     """The same differences, found without its code, on the first window of the CT that it takes."""
     windows = engine._probe_windows(tiny_model.recipe, cpu)
     other = load_model(exported.path, cpu)
-    logits = [(tiny_model.forward(w), other.forward(w)) for w in windows]
+    logits = [(eager(w), other.forward(w)) for w in windows]
     assert exported.largest_logit == pytest.approx(max(float(a.abs().max()) for a, _ in logits), rel=1e-5)
     difference = max(float((a - b).abs().max()) for a, b in logits)
     assert exported.largest_difference == pytest.approx(difference, abs=1e-5)
@@ -82,15 +90,15 @@ def test_report_measures_what_the_files_differ_by(exported: ExportReport, tiny_m
     assert exported.label_agreement >= 0.9999
 
 
-def test_any_number_of_windows_at_once(exported: ExportReport, tiny_model: Model, cpu: Runtime) -> None:
+def test_any_number_of_windows_at_once(exported: ExportReport, eager: Forward, cpu: Runtime) -> None:
     model = load_model(exported.path, cpu)
     windows = torch.rand(3, 1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(model.forward(windows), tiny_model.forward(windows), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(model.forward(windows), eager(windows), rtol=1e-3, atol=1e-3)
 
 
-def test_files_run_without_ctseg(exported: ExportReport, tiny_model: Model) -> None:
+def test_files_run_without_ctseg(exported: ExportReport, tiny_model: Model, eager: Forward) -> None:
     window = torch.rand(1, 1, 16, 16, 16, generator=torch.Generator().manual_seed(1))
-    expected = tiny_model.forward(window).numpy()
+    expected = eager(window).numpy()
     if exported.format == "onnx":
         session = onnxruntime.InferenceSession(str(exported.path), providers=["CPUExecutionProvider"])
         assert [port.name for port in session.get_inputs()] == ["image"]
@@ -124,7 +132,7 @@ def test_a_wrong_export_is_found(tiny_checkpoint: Path, cpu: Runtime, tmp_path: 
     """Batch normalisation in training mode is what exports get wrong most easily."""
     trace = torch.jit.trace
     monkeypatch.setattr(torch.jit, "trace", lambda network, example: trace(network.train(), example))
-    monkeypatch.setattr(engine, "forward_of", lambda network, runtime: load_model(tiny_checkpoint, runtime).forward)
+    monkeypatch.setattr(engine, "forward_of", lambda *_: forward_of(load_network(tiny_checkpoint)[1], cpu))
     with pytest.raises(ModelError, match="differs from the eager model"):
         export(tiny_checkpoint, "torchscript", tmp_path / "model.ts", cpu)
 

@@ -19,8 +19,8 @@ from ctseg.engine.runtime import Runtime, start_runtime
 from ctseg.recipe import Recipe, load_recipe
 from ctseg.volume import Geometry, Volume
 
-CPU = Runtime(torch.device("cpu"), None)
-GPU = Runtime(torch.device("cuda"), None)
+CPU = Runtime(torch.device("cpu"))
+GPU = Runtime(torch.device("cuda"))
 """Only for its batches of windows: tensors and networks stay on the CPU here."""
 WINDOW = (16, 16, 16)
 BOUND = 0.004

@@ -449,7 +449,7 @@ def test_an_incomplete_checkpoint_is_refused(tiny_recipe: Recipe, cpu: Runtime, 
 
 def test_a_run_may_change_its_precision(tiny_recipe: Recipe, cpu: Runtime, tmp_path: Path) -> None:
     """Started in float32, resumed in mixed precision, and back: the loss scale starts anew or is dropped."""
-    mixed = Runtime(torch.device("cpu"), torch.float16)
+    mixed = Runtime(torch.device("cpu"), "float16")
     Trainer.fresh(tiny_recipe, cpu).save(tmp_path)
     resumed = Trainer.fresh(tiny_recipe, mixed)
     resumed.load(tmp_path)

@@ -17,7 +17,7 @@ import torch
 from ctseg.engine import infer as engine
 from ctseg.engine.infer import infer, show_windows
 from ctseg.engine.model import Model, load_model
-from ctseg.engine.predict import predict
+from ctseg.engine.predict import predict, predict_taken
 from ctseg.engine.runtime import Runtime
 from ctseg.errors import CtsegError, OutputError
 from ctseg.io.images import read_image, read_labels
@@ -89,14 +89,14 @@ def test_the_next_is_read_and_the_last_written_while_the_network_runs(
         number = sum(event.is_set() for event in predicted)
         assert read[min(number + 1, 2)].wait(timeout=30)
         predicted[number].set()
-        return predict(*arguments, **options)
+        return predict_taken(*arguments, **options)
 
     def write_mask(job, *rest):
         assert predicted[min(jobs.index(job) + 1, 2)].wait(timeout=30)
         return real_write(job, *rest)
 
     monkeypatch.setattr(engine, "read_case", read_case)
-    monkeypatch.setattr(engine, "predict", predict_later)
+    monkeypatch.setattr(engine, "predict_taken", predict_later)
     monkeypatch.setattr(engine, "write_mask", write_mask)
     before = threading.active_count()
     assert statuses(infer(tiny_model, jobs, tmp_path / "out", Silent())) == ["done"] * 3
@@ -263,9 +263,9 @@ def test_replacing_that_is_cut_off_leaves_no_mask_of_the_old_model(
         calls.append(args)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return predict(*args, **options)
+        return predict_taken(*args, **options)
 
-    monkeypatch.setattr(engine, "predict", cut_off)
+    monkeypatch.setattr(engine, "predict_taken", cut_off)
     with pytest.raises(KeyboardInterrupt):
         infer(other_model, jobs, tmp_path / "out", Silent(), overwrite=True)
     monkeypatch.undo()
@@ -291,7 +291,7 @@ def _infer_and_hang(checkpoint: Path, jobs: list[Job], output: Path) -> None:
         return replace(path, target)
 
     files.Path.replace = slow
-    model = load_model(checkpoint, Runtime(torch.device("cpu"), None))
+    model = load_model(checkpoint, Runtime(torch.device("cpu")))
     infer(model, jobs, output, Silent())
 
 

@@ -12,7 +12,8 @@ from ctseg.engine.click_evaluate import evaluate_clicks
 from ctseg.engine.evaluate import evaluate
 from ctseg.engine.model import fast_in_bfloat16, load_model
 from ctseg.engine.predict import predict
-from ctseg.engine.runtime import cpu_has_bfloat16, start_runtime
+from ctseg.engine.process import cpu_has_bfloat16
+from ctseg.engine.runtime import start_runtime
 from ctseg.engine.train import train
 from ctseg.io.images import read_image, read_labels, write_labels
 from ctseg.manifest import Case, Manifest

@@ -7,7 +7,8 @@ import torch
 
 from ctseg.engine import memory
 from ctseg.engine.determinism import set_determinism, undeterministic_parts
-from ctseg.engine.memory import fit_into_memory, largest_that_fits, peak_memory_bytes
+from ctseg.engine.memory import fit_into_memory, largest_that_fits
+from ctseg.engine.process import peak_memory_bytes
 from ctseg.engine.runtime import Runtime
 from ctseg.engine.trainer import Trainer
 from ctseg.errors import DeviceError, NotEnoughMemory
@@ -73,7 +74,7 @@ def test_no_room_for_one_patch_is_an_error(monkeypatch, cpu: Runtime) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_the_spleen_recipe_fits_into_its_cards_memory() -> None:
     """12 GB with AMP, at most half the patches at once."""
-    runtime = Runtime(torch.device("cuda", 0), torch.float16)
+    runtime = Runtime(torch.device("cuda", 0), "float16")
     found = fit_into_memory(Trainer.fresh(load_recipe("spleen"), runtime), 12 * 10**9, Silent())
     assert found >= 8
     assert peak_memory_bytes(runtime.device) <= 12 * 10**9

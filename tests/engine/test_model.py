@@ -48,7 +48,8 @@ def test_a_checkpoint_gives_its_recipe_and_its_network(saved: Path, tiny_recipe:
     network = network_for(tiny_recipe).eval()
     image = torch.randn(2, 1, 16, 16, 16)
     with torch.inference_mode():
-        torch.testing.assert_close(model.forward(image), network(image), rtol=1e-5, atol=1e-6)
+        logits = network(image)
+        torch.testing.assert_close(model.forward(image), logits[:, 1:] - logits[:, :1], rtol=1e-4, atol=1e-5)
 
 
 def test_forward_takes_no_gradient_and_keeps_batch_statistics(tiny_recipe: Recipe, cpu: Runtime) -> None:
@@ -62,7 +63,7 @@ def test_forward_takes_no_gradient_and_keeps_batch_statistics(tiny_recipe: Recip
 def test_forward_gives_float32_in_mixed_precision(tiny_recipe: Recipe, cpu: Runtime) -> None:
     network, image = network_for(tiny_recipe), torch.randn(1, 1, 16, 16, 16)
     plain = forward_of(network, cpu)(image)
-    mixed = forward_of(network, Runtime(torch.device("cpu"), torch.bfloat16))(image)
+    mixed = forward_of(network, Runtime(torch.device("cpu"), "bfloat16"))(image)
     assert mixed.dtype == torch.float32
     assert 0 < (mixed - plain).abs().max() < 0.1 * plain.abs().max()
 

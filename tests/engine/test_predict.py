@@ -30,7 +30,7 @@ from ctseg.recipe import Recipe
 from ctseg.specs import Inference
 from ctseg.volume import Geometry, Volume
 
-CPU = Runtime(torch.device("cpu"), None)
+CPU = Runtime(torch.device("cpu"))
 ORIENTATIONS = ["".join(c) for axes in itertools.permutations(("RL", "AP", "SI")) for c in itertools.product(*axes)]
 AXES = {"L": (1, 0, 0), "R": (-1, 0, 0), "P": (0, 1, 0), "A": (0, -1, 0), "S": (0, 0, 1), "I": (0, 0, -1)}
 NETWORK_MM = {"R": 2.0, "L": 2.0, "A": 2.5, "P": 2.5, "S": 3.0, "I": 3.0}
@@ -239,7 +239,7 @@ def test_batches_of_windows_do_not_matter(recipe: Recipe, batch_windows: int) ->
     inference = replace(recipe.inference, batch_windows=batch_windows)
     expected = window_logits(model_of(recipe, forward), image_XYZ, inference)
     calls: list[tuple[int, int]] = []
-    gpu = model_of(recipe, forward, Runtime(torch.device("cuda"), None))
+    gpu = model_of(recipe, forward, Runtime(torch.device("cuda")))
     ours = window_logits(gpu, image_XYZ, inference, lambda done, total: calls.append((done, total)))
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
     number = -(-18 // batch_windows)

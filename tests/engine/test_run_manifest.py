@@ -14,7 +14,7 @@ import ctseg
 from ctseg.engine import infer as engine
 from ctseg.engine.infer import Outcome, infer
 from ctseg.engine.model import Model
-from ctseg.engine.predict import predict
+from ctseg.engine.predict import predict, predict_taken
 from ctseg.engine.run_manifest import RunManifest, open_run_manifest, run_facts
 from ctseg.errors import CtsegError, OutputError, Stopped
 from ctseg.io.images import read_image
@@ -186,9 +186,9 @@ def test_how_a_run_ended(tiny_model, jobs, output: Path, monkeypatch, error, sta
         states.append(read(output)["state"])
         if len(states) == 2:
             raise error
-        return predict(*arguments, **options)
+        return predict_taken(*arguments, **options)
 
-    monkeypatch.setattr(engine, "predict", second_fails)
+    monkeypatch.setattr(engine, "predict_taken", second_fails)
     with pytest.raises(type(error)):
         infer(tiny_model, jobs, output, Silent())
     run = read(output)

@@ -8,8 +8,9 @@ from datetime import timedelta
 import pytest
 import torch
 
-from ctseg.engine import runtime
-from ctseg.engine.runtime import Runtime, cpu_has_bfloat16, running, start_runtime, stop_on_signal
+from ctseg.engine import process, runtime
+from ctseg.engine.process import cpu_has_bfloat16, stop_on_signal
+from ctseg.engine.runtime import Runtime, running, start_runtime
 from ctseg.errors import DeviceError, PeerLost, Stopped
 
 
@@ -27,12 +28,11 @@ def no_cuda(monkeypatch) -> None:
 
 
 def bfloat16(monkeypatch, present: bool) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: present, raising=False)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+    monkeypatch.setattr(process, "cpu_flags", lambda: frozenset({"avx2", "avx512_bf16"} if present else {"avx2"}))
 
 
 def test_auto_is_float32_on_the_cpu_where_there_is_no_cuda(no_cuda) -> None:
-    assert start_runtime(amp=True) == Runtime(torch.device("cpu"), None, 0, 1)
+    assert start_runtime(amp=True) == Runtime(torch.device("cpu"), "float32", 0, 1)
 
 
 @pytest.mark.parametrize(("amp", "dtype"), [(True, torch.float16), (False, None)])
@@ -81,7 +81,7 @@ def test_bfloat16_is_used_where_the_cpu_has_it(monkeypatch) -> None:
 
 
 def test_processes_of_a_machine_share_its_cpus(monkeypatch) -> None:
-    monkeypatch.setattr(runtime, "available_cpus", lambda: 12)
+    monkeypatch.setattr(process, "available_cpus", lambda: 12)
     for processes, threads in (("1", 12), ("4", 3), ("24", 1)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
         start_runtime("cpu")
@@ -90,12 +90,12 @@ def test_processes_of_a_machine_share_its_cpus(monkeypatch) -> None:
 
 def test_tasks_of_slurm_have_cpus_of_their_own(monkeypatch) -> None:
     """`available_cpus` is one task's share already; torchrun started in a task shares it out."""
-    monkeypatch.setattr(runtime, "available_cpus", lambda: 12)
+    monkeypatch.setattr(process, "available_cpus", lambda: 12)
     for name, value in {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4", "LOCAL_WORLD_SIZE": "4"}.items():
         monkeypatch.setenv(name, value)
-    assert runtime.threads_of_process() == 12
+    assert process.threads_of_process() == 12
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    assert runtime.threads_of_process() == 3
+    assert process.threads_of_process() == 3
 
 
 def test_a_task_that_sees_one_gpu_takes_it(monkeypatch) -> None:
@@ -113,7 +113,7 @@ def test_a_task_that_sees_one_gpu_takes_it(monkeypatch) -> None:
 def test_work_without_talk_joins_no_group(monkeypatch) -> None:
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
-    assert start_runtime("cpu", alone=True) == Runtime(torch.device("cpu"), None, 0, 1)
+    assert start_runtime("cpu", alone=True) == Runtime(torch.device("cpu"), "float32", 0, 1)
 
 
 def test_processes_that_do_not_meet_say_where(monkeypatch) -> None:
@@ -143,27 +143,27 @@ def test_the_end_of_another_process_is_one_line(monkeypatch, error: RuntimeError
 
 
 def test_one_process_needs_no_peers() -> None:
-    alone = Runtime(torch.device("cpu"), None)
+    alone = Runtime(torch.device("cpu"))
     assert alone.is_main
     assert alone.gather({"a": 1}) == [{"a": 1}]
     assert (alone.any_process(True), alone.any_process(False)) == (True, False)
     alone.wait_for_all()
     alone.copy_from_main([torch.zeros(1)])
-    assert not Runtime(torch.device("cpu"), None, rank=1, world_size=2).is_main
+    assert not Runtime(torch.device("cpu"), "float32", rank=1, world_size=2).is_main
 
 
 def test_description_names_device_precision_and_place() -> None:
     torch.set_num_threads(2)
-    assert Runtime(torch.device("cpu"), None).describe() == "cpu (2 threads), float32"
-    second = Runtime(torch.device("cpu"), torch.bfloat16, rank=1, world_size=4)
+    assert Runtime(torch.device("cpu")).describe() == "cpu (2 threads), float32"
+    second = Runtime(torch.device("cpu"), "bfloat16", rank=1, world_size=4)
     assert second.describe() == "cpu (2 threads), bfloat16, process 2 of 4"
 
 
 def test_running_leaves_the_process_group_when_all_do(monkeypatch) -> None:
     """At the end and after a stop; after an error the others may wait in it, and leaving would wait for them."""
     left = []
-    monkeypatch.setattr(runtime.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(runtime.distributed, "destroy_process_group", lambda: left.append(True))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: left.append(True))
     with running("cpu"):
         pass
     assert len(left) == 1

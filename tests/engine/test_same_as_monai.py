@@ -35,7 +35,7 @@ from ctseg.volume import Geometry, Volume
 
 # MONAI warns of a DICOM reader that is not installed here.
 pytestmark = pytest.mark.filterwarnings("ignore:NvImgCodecPydicomReader:UserWarning")
-CPU = Runtime(torch.device("cpu"), None)
+CPU = Runtime(torch.device("cpu"))
 TIE = 1e-3
 """Voxels may differ where MONAI's probabilities differ by less: rounding decides there."""
 

@@ -35,7 +35,7 @@ def bright(image_BCXYZ: Tensor) -> Tensor:
 
 
 def model_of(recipe: Recipe, forward: Callable[[Tensor], Tensor] = bright) -> Model:
-    return Model(recipe, forward, Runtime(torch.device("cpu"), None), Path("made.pt"), "")
+    return Model(recipe, forward, Runtime(torch.device("cpu")), Path("made.pt"), "")
 
 
 def box_ct(

@@ -60,7 +60,7 @@ def test_passes_hold_every_patch_once_and_leave_no_process_out(
     if world_size > num_draws:
         return  # refused before training, see below
     draws = [Draw(case=n, start=(0, 0, 0)) for n in range(num_draws)]
-    parts = passes(draws, Runtime(torch.device("cpu"), None, 0, world_size), patches_per_pass)
+    parts = passes(draws, Runtime(torch.device("cpu"), "float32", 0, world_size), patches_per_pass)
     assert [d for part in parts for d in part.draws] == draws
     assert sum(part.share for part in parts) == pytest.approx(1)
     assert [part.last for part in parts] == [False] * (len(parts) - 1) + [True]
@@ -77,7 +77,7 @@ def test_more_processes_than_the_last_step_has_patches_are_refused_before_traini
     """3 cases, 2 a step, 2 patches each: the last step has one case, so 2 patches for 3 processes."""
     trainer = Trainer.fresh(tiny_recipe, cpu)
     Stepper(trainer, cases)
-    trainer.runtime = Runtime(cpu.device, None, 0, 3)
+    trainer.runtime = Runtime(cpu.device, "float32", 0, 3)
     with pytest.raises(CtsegError, match="3 processes, but the smallest step of an epoch has only 2 patches"):
         Stepper(trainer, cases)
 
@@ -85,7 +85,7 @@ def test_more_processes_than_the_last_step_has_patches_are_refused_before_traini
 def _one_of_two(rank: int, store: str, data: dict, cases: list[CaseArrays], results: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    runtime = Runtime(torch.device("cpu"), None, rank, 2)
+    runtime = Runtime(torch.device("cpu"), "float32", rank, 2)
     trainer, losses = trained(recipe_from_dict(data, "test"), runtime, cases, data["training"]["epochs"])
     if rank == 0:
         content = {"losses": losses, "gradients": gradients(trainer), "buffers": dict(trainer.network.named_buffers())}
@@ -168,8 +168,8 @@ def test_frozen_weights_and_statistics_stay(tiny_recipe, cases, cpu, changed, as
 
 def test_float16_scales_the_loss_and_skips_a_step_that_overflows(tiny_recipe, cases) -> None:
     """On a CPU, which has slow float16 but the same scaler: gradients near float32's, no step after an overflow."""
-    half = Runtime(torch.device("cpu"), torch.float16)
-    exact, losses = trained(tiny_recipe, Runtime(torch.device("cpu"), None), cases)
+    half = Runtime(torch.device("cpu"), "float16")
+    exact, losses = trained(tiny_recipe, Runtime(torch.device("cpu")), cases)
     trainer, same = trained(tiny_recipe, half, cases)
     assert same == pytest.approx(losses, rel=5e-3)
     scale = 2.0**16  # the scaler's first; gradients are left scaled where nothing clips them
@@ -186,8 +186,8 @@ def test_float16_scales_the_loss_and_skips_a_step_that_overflows(tiny_recipe, ca
 
 
 def test_bfloat16_comes_near_float32(tiny_recipe, cases) -> None:
-    _, losses = trained(tiny_recipe, Runtime(torch.device("cpu"), None), cases, 3)
-    _, near = trained(tiny_recipe, Runtime(torch.device("cpu"), torch.bfloat16), cases, 3)
+    _, losses = trained(tiny_recipe, Runtime(torch.device("cpu")), cases, 3)
+    _, near = trained(tiny_recipe, Runtime(torch.device("cpu"), "bfloat16"), cases, 3)
     assert near == pytest.approx(losses, rel=2e-2)
 
 

@@ -31,7 +31,7 @@ from ctseg.volume import Volume
 CLIENTS = Path(sys.prefix) / "monailabel"
 """Where `make` puts MONAI Label's clients: the package would bring another MONAI and pydicom along."""
 
-CPU = Runtime(torch.device("cpu"), None)
+CPU = Runtime(torch.device("cpu"))
 SIZE = (40, 36, 32)
 SPACING_MM = 5.0
 BRIGHT_HU = 100

@@ -52,7 +52,7 @@ def annotate(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a mask that is already there.")] = False,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
-    backend: BackendOption = None,
+    backend: BackendOption = "auto",
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:

@@ -46,10 +46,8 @@ PrecisionOption = Annotated[
     typer.Option("--precision", help="auto: float16 AMP on CUDA, else float32."),
 ]
 BackendOption = Annotated[
-    Literal["auto", "torch", "onnxruntime", "openvino"] | None,
-    typer.Option(
-        "--backend", help="What runs the network; auto: the faster one here. Default: torch, or the file's own."
-    ),
+    Literal["auto", "torch", "onnxruntime", "openvino"],
+    typer.Option("--backend", help="What runs the network; auto: the fastest one here that gives torch's answer."),
 ]
 FastFlag = Annotated[
     bool,

@@ -76,7 +76,7 @@ def infer(
     ] = None,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
-    backend: BackendOption = None,
+    backend: BackendOption = "auto",
     max_memory: MaxMemoryOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what each CT will take.")] = False,
     fast: FastFlag = False,
@@ -107,13 +107,13 @@ def infer(
             _infer_in_parts(gpus or 1, shard, path, as_json)
         return
     from ctseg.engine.infer import infer as run
-    from ctseg.engine.model import fast_in_bfloat16, load_model
+    from ctseg.engine.model import load_model, runtime_for
     from ctseg.engine.plan import plan_run
-    from ctseg.engine.runtime import running, stop_on_signal
+    from ctseg.engine.process import stop_on_signal
 
     with (
         _output_folder(output, part, dry_run),
-        running(device, precision, amp=True, alone=True, fast=fast and fast_in_bfloat16(path, backend)) as runtime,
+        runtime_for(path, device, precision, backend, fast=fast) as runtime,
         stop_on_signal() as stop_requested,
         make_progress(quiet) as progress,
     ):

@@ -108,7 +108,7 @@ def prepare_dataset(
             write_manifest = prepared / _list_name(found, division)
             _check_list_file(write_manifest, manifest)
         from ctseg.dataset.curate import Wishes, curate
-        from ctseg.engine.runtime import stop_on_signal
+        from ctseg.engine.process import stop_on_signal
 
         wishes = Wishes(divide=divide, division=division, fix=fix, list_file=write_manifest)
         report, organs = None, []

@@ -47,7 +47,7 @@ def serve(
     session_minutes: Annotated[float, typer.Option(min=0.01, help="An unused session ends after so long.")] = 60.0,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
-    backend: BackendOption = None,
+    backend: BackendOption = "auto",
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
@@ -74,7 +74,8 @@ def serve(
     if missing:
         raise CtsegError(f"ctseg serve needs {', '.join(missing)}: pip install 'ctseg[serve]'")
     from ctseg.engine.model import load_model
-    from ctseg.engine.runtime import running, stop_on_signal
+    from ctseg.engine.process import stop_on_signal
+    from ctseg.engine.runtime import running
     from ctseg.server.app import make_app
     from ctseg.server.run import Tls, open_socket, run, start_log, url_of
     from ctseg.server.service import open_service

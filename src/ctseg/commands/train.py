@@ -163,7 +163,8 @@ def run_training(
         launch(o.gpus, [*sys.argv[1:], "--output", str(run)])
         return
     from ctseg.engine import train as engine
-    from ctseg.engine.runtime import running, stop_on_signal
+    from ctseg.engine.process import stop_on_signal
+    from ctseg.engine.runtime import running
 
     find = None if o.resume else partial(find_data, plan.source, o.data)
     with running(o.device, precision, amp=wanted.training.amp) as runtime:

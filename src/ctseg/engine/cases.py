@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ctseg.io.dicom.read import DicomCT
 
 BLOCK_BYTES = 1 << 20
+DICOM_FORMATS = ("dicom-seg", "rtstruct")
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,18 +35,18 @@ class ReadCase:
     Attributes:
         volume: Hounsfield units.
         dicom: The series it was made of, None for an image file.
+        notes: What was odd about a DICOM series, and what was repaired.
     """
 
     volume: Volume
     dicom: DicomCT | None = None
+    notes: tuple[str, ...] = ()
 
     @property
-    def notes(self) -> tuple[str, ...]:
-        """What was odd about a DICOM series, and what was repaired."""
-        if self.dicom is None:
-            return ()
-        repaired = (f"repaired: {finding.text}" for finding in self.dicom.report.repaired)
-        return (*repaired, *(finding.text for finding in self.dicom.report.notes))
+    def without_voxels(self) -> ReadCase:
+        """What an image file of the mask needs: the CT's grid and the notes."""
+        geometry = self.volume.geometry
+        return ReadCase(Volume(np.broadcast_to(np.int16(0), geometry.size), geometry), None, self.notes)
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,13 @@ def read_case(job: Job, options: Options, scratch: Path | None = None) -> ReadCa
 
     dicom = read_series(job.series, gaps=options.gaps, tilt=options.tilt, scratch=scratch)
     check_ct(dicom.volume, job.image)
-    return ReadCase(dicom.volume, dicom)
+    repaired = (f"repaired: {finding.text}" for finding in dicom.report.repaired)
+    return ReadCase(dicom.volume, dicom, (*repaired, *(finding.text for finding in dicom.report.notes)))
+
+
+def needs_voxels(options: Options, *, overlays: bool) -> bool:
+    """Whether writing a mask needs the CT's voxels and not only its grid, as pictures and DICOM do."""
+    return overlays or options.format in DICOM_FORMATS
 
 
 def write_mask(job: Job, case: ReadCase, mask: NDArray[np.uint8], model: Model, options: Options) -> tuple[str, ...]:
@@ -99,7 +106,7 @@ def write_mask(job: Job, case: ReadCase, mask: NDArray[np.uint8], model: Model, 
         OutputError: if the mask cannot be written.
     """
     make_folder(job.mask.parent)
-    if case.dicom is None or options.format not in ("dicom-seg", "rtstruct"):
+    if case.dicom is None or options.format not in DICOM_FORMATS:
         write_labels(job.mask, mask, case.volume.geometry)
         return ()
     from ctseg.codes import Algorithm, structures_of

@@ -16,13 +16,14 @@ import shutil
 import warnings
 import zipfile
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 import ctseg
 from ctseg.errors import ModelError
 from ctseg.files import atomic_path
+
+if TYPE_CHECKING:
+    import torch
 
 FORMAT = "ctseg-checkpoint"
 VERSION = 1
@@ -31,6 +32,8 @@ BEST, LAST, PREVIOUS, START = "best.pt", "last.pt", "previous.pt", "start.pt"
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Writes `content` (plain data and tensors) under the format's name and version, atomically."""
+    import torch
+
     buffer = io.BytesIO()  # torch's own file writer hides a full disk behind a RuntimeError
     torch.save({"format": FORMAT, "version": VERSION, "ctseg": ctseg.__version__, **content}, buffer)
     with atomic_path(path) as temporary:
@@ -95,6 +98,8 @@ def load_plain(path: Path, kind: str, device: torch.device | None = None) -> Any
     Raises:
         ModelError: if the file is missing, damaged, compressed, or holds anything but plain data.
     """
+    import torch
+
     try:
         _check_archive(path)
         with warnings.catch_warnings():

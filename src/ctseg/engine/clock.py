@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 class Clock:
@@ -38,4 +40,6 @@ class Clock:
 
 def _wait_for(device: torch.device | None) -> None:
     if device is not None and device.type == "cuda":
+        import torch
+
         torch.cuda.synchronize(device)

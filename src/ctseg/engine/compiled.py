@@ -1,4 +1,7 @@
-"""A checkpoint's network compiled for a backend on this CPU: once, then taken from the cache without MONAI."""
+"""A checkpoint's network compiled for a backend on this CPU: once, then taken from the cache.
+
+Then neither MONAI is imported nor, for another backend than torch, torch.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +12,19 @@ import importlib.util
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, cast
 
 import ctseg
+from ctseg.arrays import Array
 from ctseg.engine.backends import Backend, Forward
 from ctseg.engine.cache import Entry, cache_key, can_keep, read_entry, write_entry
+from ctseg.engine.process import cpu_has_bfloat16, cpu_kind
 from ctseg.engine.runtime import Runtime, memory_errors
 from ctseg.errors import DeviceError, NotEnoughMemory
-from ctseg.networks import fold_for_inference
 from ctseg.recipe import Recipe, recipe_from_dict
+
+if TYPE_CHECKING:
+    from torch import nn
 
 BACKENDS = {"torch": "torchscript", "onnxruntime": "onnx", "openvino": "openvino"}
 """Names and the modules of `ctseg.engine.backends` behind them."""
@@ -35,10 +39,10 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}
 In bfloat16 rounding alone makes a tenth with fresh weights; only what is plainly wrong is ruled out there.
 """
 CALLS = 3
-VERSION = 1
+VERSION = 3
 """To be raised whenever the same network is compiled in another way."""
 
-Source = Callable[[], tuple[Recipe, nn.Module]]
+Source = Callable[[], "tuple[Recipe, nn.Module]"]
 Note = Callable[[str], None]
 
 
@@ -70,14 +74,41 @@ def compiled_network(sha256: str, source: Source, runtime: Runtime, backend: str
     @functools.cache
     def folded() -> tuple[Recipe, nn.Module]:
         note("first run of this model here: its network is compiled, later runs start faster")
+        from ctseg.networks import fold_for_inference
+        from ctseg.phases import finest_level_in_phases
+
         recipe, network = source()
-        return recipe, fold_for_inference(network)
+        return recipe, finest_level_in_phases(fold_for_inference(network))
 
     opened = functools.cache(lambda name: _open(sha256, folded, runtime, name))
     if backend != "auto":
         return opened(backend)
-    others = [name for name in MEASURED[1:] if is_installed(name) and runtime.precision in _module(name).PRECISIONS]
+    others = _others(runtime)
     return opened(_fastest(sha256, others, opened, runtime) if others else "torch")
+
+
+def ready_without_torch(sha256: str, runtime: Runtime, backend: str) -> bool:
+    """Whether the checkpoint's network is in the cache for this backend, and it is not torch that would run it.
+
+    False, too, where the backend is not to be had here: `compiled_network` says why.
+    """
+    if backend == "auto":
+        others = _others(runtime)
+        backend = _remembered(_choice_key(sha256, others, runtime), others) or "torch"
+    if backend == "torch" or backend not in BACKENDS or not is_installed(backend):
+        return False
+    return read_entry(cache_key(_facts(sha256, runtime, [backend]))) is not None
+
+
+def recipe_of(sha256: str, source: Callable[[], Recipe]) -> Recipe:
+    """The recipe of the checkpoint `sha256`: from the cache, else what `source` gives, which is kept."""
+    key = cache_key({"what": "recipe", "version": VERSION, "ctseg": ctseg.__version__, "model": sha256})
+    kept = read_entry(key)
+    if kept is not None:
+        return recipe_from_dict(kept.about.get("recipe"), "recipe in the cache")
+    recipe = source()
+    write_entry(key, Entry({"recipe": recipe.to_dict()}, b""))
+    return recipe
 
 
 def check_backend(name: str, runtime: Runtime) -> None:
@@ -99,6 +130,11 @@ def is_installed(name: str) -> bool:
     return importlib.util.find_spec(_module(name).LIBRARY) is not None
 
 
+def library_version(backend: str) -> str:
+    """Of the backend's library; it is not imported."""
+    return importlib.metadata.version(_module(backend).LIBRARY)
+
+
 def _module(name: str) -> Backend:
     return cast(Backend, importlib.import_module(f"ctseg.engine.backends.{BACKENDS[name]}"))
 
@@ -110,8 +146,8 @@ def _facts(sha256: str, runtime: Runtime, names: list[str]) -> dict[str, Any]:
         "version": VERSION,
         "ctseg": ctseg.__version__,
         "libraries": {name: importlib.metadata.version(name) for name in libraries},
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "bfloat16": [getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile")],
+        "cpu": cpu_kind(),
+        "bfloat16": cpu_has_bfloat16(),
         "model": sha256,
         "backends": names,
         "precision": runtime.precision,
@@ -146,13 +182,12 @@ def _fastest(sha256: str, others: list[str], opened: Callable[[str], Compiled], 
     torch unless another one saves at least 15 % of its time and gives the same answer, and wherever what is measured
     could not be remembered.
     """
-    names = ["torch", *others]
-    key = cache_key({**_facts(sha256, runtime, names), "threads": torch.get_num_threads()})
-    kept = read_entry(key)
-    if kept is not None and kept.about.get("fastest") in names:
-        return str(kept.about["fastest"])
-    if not can_keep():
-        return "torch"
+    key = _choice_key(sha256, others, runtime)
+    remembered = _remembered(key, others)
+    if remembered is not None or not can_keep():
+        return remembered or "torch"
+    import torch
+
     recipe = opened("torch").recipe
     shape = (1, recipe.input_channels, *recipe.inference.window_size)
     image_BCXYZ = torch.rand(shape, generator=torch.Generator().manual_seed(0))
@@ -166,7 +201,21 @@ def _fastest(sha256: str, others: list[str], opened: Callable[[str], Compiled], 
     return fastest
 
 
-def _largest_error(opened: Callable[[str], Compiled], name: str, image_BCXYZ: Tensor, wanted_BCXYZ: Tensor) -> float:
+def _others(runtime: Runtime) -> list[str]:
+    """The backends that torch is compared with."""
+    return [name for name in MEASURED[1:] if is_installed(name) and runtime.precision in _module(name).PRECISIONS]
+
+
+def _choice_key(sha256: str, others: list[str], runtime: Runtime) -> str:
+    return cache_key({**_facts(sha256, runtime, ["torch", *others]), "threads": runtime.threads})
+
+
+def _remembered(key: str, others: list[str]) -> str | None:
+    kept = read_entry(key)
+    return str(kept.about["fastest"]) if kept is not None and kept.about.get("fastest") in ["torch", *others] else None
+
+
+def _largest_error(opened: Callable[[str], Compiled], name: str, image_BCXYZ: Array, wanted_BCXYZ: Array) -> float:
     """How far the backend's answer is from the wanted one; infinitely where it cannot be loaded or run here."""
     try:
         got_BCXYZ = opened(name).forward(image_BCXYZ)
@@ -175,7 +224,7 @@ def _largest_error(opened: Callable[[str], Compiled], name: str, image_BCXYZ: Te
     return float((got_BCXYZ - wanted_BCXYZ).abs().max())
 
 
-def measure(forwards: Mapping[str, Forward], image_BCXYZ: Tensor) -> dict[str, float]:
+def measure(forwards: Mapping[str, Forward], image_BCXYZ: Array) -> dict[str, float]:
     """Seconds that each takes for the window: the least of CALLS, taken in turn as other work may come and go."""
     seconds = dict.fromkeys(forwards, float("inf"))
     for _ in range(CALLS):

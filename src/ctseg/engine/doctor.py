@@ -13,7 +13,7 @@ import psutil
 import torch
 
 import ctseg
-from ctseg.engine.runtime import cpu_has_bfloat16
+from ctseg.engine.process import cpu_has_bfloat16
 from ctseg.limits import available_cpus, memory_limit
 
 LIBRARIES = ("torch", "monai", "SimpleITK", "nibabel", "isal", "numpy", "onnxruntime", "tensorboard")

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ctseg.arrays import cut_box
 from ctseg.clicks import Click, network_input
 from ctseg.engine.backends import example_of
 from ctseg.engine.backends.onnx import OPSET, to_onnx
@@ -28,7 +29,6 @@ from ctseg.engine.runtime import Runtime
 from ctseg.errors import CtsegError, ModelError
 from ctseg.files import atomic_path, make_folder, output_errors
 from ctseg.recipe import RECIPE_ENTRY, Recipe
-from ctseg.sampling import cut_patch
 from ctseg.scaling import prepare_image
 from ctseg.sources.phantom import make_phantom
 from ctseg.workspace import EXPORT_SUFFIXES
@@ -168,7 +168,7 @@ def _probe_windows(recipe: Recipe, runtime: Runtime) -> list[Tensor]:
     shape = tuple(int(n) for n in np.maximum(image_XYZ.shape, size))
     starts = list(window_starts((shape[0], shape[1], shape[2]), size, recipe.inference.overlap))
     chosen = [starts[0], starts[len(starts) // 2]]
-    windows = [cut_patch(image_XYZ, start, size)[None, None] for start in chosen]
+    windows = [cut_box(image_XYZ, start, size)[None, None] for start in chosen]
     if recipe.clicks is None:
         return windows
     clicks = [Click(_place(size, 2), positive=True), Click(_place(size, 5), positive=False)]

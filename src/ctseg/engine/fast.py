@@ -11,9 +11,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 
-import torch
-from torch import Tensor
+import numpy as np
+from array_api_compat import array_namespace
+from numpy.typing import NDArray
 
+from ctseg.arrays import Array, device_of, to_numpy, to_work_on, zeros
 from ctseg.preprocess import slabs_of
 
 Start = tuple[int, int, int]
@@ -38,7 +40,7 @@ def _fewest(starts: list[int], window: int) -> list[int]:
     return chosen
 
 
-def windows_to_refine(total_CXYZ: Tensor, done: Sequence[Start], others: Sequence[Start], held: Start) -> list[Start]:
+def windows_to_refine(total_CXYZ: Array, done: Sequence[Start], others: Sequence[Start], held: Start) -> list[Start]:
     """Those of `others` that may change the mask, in their order.
 
     Args:
@@ -49,50 +51,56 @@ def windows_to_refine(total_CXYZ: Tensor, done: Sequence[Start], others: Sequenc
     """
     if not others:
         return []
-    undecided_SXYZ, voxels_S = _undecided(total_CXYZ, done, held)
-    counts = []
-    for start in others:
+    undecided_SXYZ, voxels_S = _undecided(to_work_on(total_CXYZ), done, held)
+    counts_WS = np.empty((len(others), len(voxels_S)), dtype=np.int64)
+    for number, start in enumerate(others):
         x, y, z = (slice(s, s + n) for s, n in zip(start, held, strict=True))
-        counts.append(undecided_SXYZ[:, x, y, z].count_nonzero(dim=(1, 2, 3)))
-    counts_WS = torch.stack(counts).cpu()
-    order = (counts_WS / (voxels_S + 1)).amax(dim=1).argsort()
-    spared = order[(counts_WS[order].cumsum(dim=0) <= LEFT_OUT * voxels_S).all(dim=1)]
+        counts_WS[number] = _voxels_of_each(undecided_SXYZ[:, x, y, z])
+    order = (counts_WS / (voxels_S + 1)).max(axis=1).argsort(kind="stable")
+    spared = order[(counts_WS[order].cumsum(axis=0) <= LEFT_OUT * voxels_S).all(axis=1)]
     left_out = set(spared.tolist())
     return [start for number, start in enumerate(others) if number not in left_out]
 
 
-def average(total_CXYZ: Tensor, done: Sequence[Start], held: Start) -> None:
+def average(total_CXYZ: Array, done: Sequence[Start], held: Start) -> None:
     """Divides a sum of logits by the number of windows at each voxel, in place; any windows that cover the grid."""
-    for _, slab_CXYZ, counts_XYZ in _slabs(total_CXYZ, done, held):
+    for _, slab_CXYZ, counts_XYZ in _slabs(to_work_on(total_CXYZ), done, held):
         slab_CXYZ /= counts_XYZ
 
 
-def _undecided(total_CXYZ: Tensor, done: Sequence[Start], held: Start) -> tuple[Tensor, Tensor]:
+def _undecided(total_CXYZ: Array, done: Sequence[Start], held: Start) -> tuple[Array, NDArray[np.int64]]:
     """Where each structure S is undecided, bool, and how many voxels it has so far, on the host."""
-    structures = max(1, len(total_CXYZ) - 1)
-    undecided_SXYZ = torch.empty((structures, *total_CXYZ.shape[1:]), dtype=torch.bool, device=total_CXYZ.device)
-    voxels_S = torch.zeros(structures, dtype=torch.int64, device=total_CXYZ.device)
+    xp = array_namespace(total_CXYZ)
+    undecided_SXYZ = xp.zeros_like(total_CXYZ[1:] if len(total_CXYZ) > 1 else total_CXYZ, dtype=xp.bool)
+    voxels_S = np.zeros(len(undecided_SXYZ), dtype=np.int64)
     for box, slab_CXYZ, counts_XYZ in _slabs(total_CXYZ, done, held):
         lead_SXYZ = _leads(slab_CXYZ / counts_XYZ)
-        undecided_SXYZ[box] = lead_SXYZ.abs() < UNDECIDED_LOGIT
-        voxels_S += (lead_SXYZ > 0).count_nonzero(dim=(1, 2, 3))
-    return undecided_SXYZ, voxels_S.cpu()
+        undecided_SXYZ[box] = xp.abs(lead_SXYZ) < UNDECIDED_LOGIT
+        voxels_S += _voxels_of_each(lead_SXYZ > 0)
+    return undecided_SXYZ, voxels_S
 
 
-def _leads(logits_CXYZ: Tensor) -> Tensor:
+def _voxels_of_each(flags_SXYZ: Array) -> NDArray[np.int64]:
+    """How many voxels of each structure are flagged, on the host."""
+    counts: NDArray[np.int64] = to_numpy(array_namespace(flags_SXYZ).count_nonzero(flags_SXYZ, axis=(1, 2, 3)))
+    return counts
+
+
+def _leads(logits_CXYZ: Array) -> Array:
     """By how much each structure's logit leads the best other class; negative where it trails."""
     if len(logits_CXYZ) == 1:
         return logits_CXYZ
-    best, second = logits_CXYZ.topk(2, dim=0).values
-    structures = logits_CXYZ[1:]
-    return structures - torch.where(structures == best, second, best)
+    xp = array_namespace(logits_CXYZ)
+    ordered_CXYZ, structures = xp.sort(logits_CXYZ, axis=0), logits_CXYZ[1:]
+    best, second = ordered_CXYZ[-1], ordered_CXYZ[-2]
+    return structures - xp.where(structures == best, second, best)
 
 
-def _slabs(total_CXYZ: Tensor, done: Sequence[Start], held: Start) -> Iterator[tuple[Box, Tensor, Tensor]]:
+def _slabs(total_CXYZ: Array, done: Sequence[Start], held: Start) -> Iterator[tuple[Box, Array, Array]]:
     """Where a slab of `total_CXYZ` is, a view of it, and the number of windows at its voxels."""
     for box in slabs_of(total_CXYZ):
         slab_CXYZ = total_CXYZ[box]
-        counts_XYZ = torch.zeros(slab_CXYZ.shape[1:], device=total_CXYZ.device)
+        counts_XYZ = zeros(tuple(slab_CXYZ.shape[1:]), device_of(total_CXYZ))
         firsts = [part.start or 0 for part in box[1:]]
         for start in done:
             along = zip(start, held, firsts, strict=True)

@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from ctseg.engine.cases import Digest, ReadCase, digest_input, read_case, write_mask
+from ctseg.engine.cases import Digest, ReadCase, digest_input, needs_voxels, read_case, write_mask
 from ctseg.engine.clock import Clock
 from ctseg.engine.folder import claim, drop_old_failures, record_failure
-from ctseg.engine.memory import peak_memory_bytes
 from ctseg.engine.model import Model
 from ctseg.engine.pipeline import Check, one_by_one, overlapped
 from ctseg.engine.plan import NO_PLANS, TOO_LARGE, Plan
-from ctseg.engine.predict import IN_MEMORY, OnWindow, Placement, predict
+from ctseg.engine.predict import IN_MEMORY, OnWindow, Placement, predict_taken
+from ctseg.engine.process import peak_memory_bytes
 from ctseg.engine.run_manifest import RunManifest, open_run_manifest, run_facts
 from ctseg.engine.runtime import memory_errors
 from ctseg.errors import ImageError, NotEnoughMemory, Stopped
@@ -28,6 +29,10 @@ from ctseg.manifest import image_stem
 from ctseg.progress import Progress
 from ctseg.report.overlay import draw_overlay
 from ctseg.scratch import count_values
+from ctseg.volume import Volume
+
+if TYPE_CHECKING:
+    import torch
 
 WHOLE = Shard()
 
@@ -65,6 +70,14 @@ class _Work:
     digest: Digest | None = None
     mask: NDArray[np.uint8] | None = None
     error: str = ""
+
+    def take_volume(self, *, keep: bool) -> Volume:
+        """The CT; from now on only its grid is held here, unless its voxels are to be kept."""
+        assert self.case is not None
+        volume = self.case.volume
+        if not keep:
+            self.case = self.case.without_voxels
+        return volume
 
     @property
     def placement(self) -> Placement:
@@ -110,7 +123,7 @@ def infer(
             if stop_requested():
                 raise Stopped
 
-        return _segment(work, model, options, progress, stop)
+        return _segment(work, model, options, progress, stop, keep=needs_voxels(options, overlays=overlays))
 
     def finished(outcome: Outcome) -> None:
         outcomes.append(outcome)
@@ -178,7 +191,9 @@ def _read(work: _Work, options: Options, device: torch.device) -> _Work:
     return work
 
 
-def _segment(work: _Work, model: Model, options: Options, progress: Progress, stop: Callable[[], None]) -> _Work:
+def _segment(
+    work: _Work, model: Model, options: Options, progress: Progress, stop: Callable[[], None], *, keep: bool
+) -> _Work:
     stop()
     if work.case is None or work.error:
         return work
@@ -186,9 +201,9 @@ def _segment(work: _Work, model: Model, options: Options, progress: Progress, st
     if work.plan and work.placement != IN_MEMORY:
         progress.note(f"{name}: {work.plan.way}, as memory is limited: {work.plan.describe()}")
     with _case_errors(work, model.runtime.device), show_windows(progress, name, stop) as on_window:
-        work.mask = predict(
-            model, work.case.volume, on_window, clock=work.clock, placement=work.placement, fast=options.fast
-        )
+        take = partial(work.take_volume, keep=keep)
+        placement = work.placement
+        work.mask = predict_taken(model, take, on_window, clock=work.clock, placement=placement, fast=options.fast)
     return work
 
 

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import mmap
-import resource
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -18,23 +14,6 @@ from ctseg.errors import DeviceError, NotEnoughMemory
 from ctseg.objectives import build_loss
 from ctseg.progress import Progress
 from ctseg.recipe import Recipe
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most that was in use until now: on a GPU by this process's tensors, else by the whole process."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_reserved(device))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def resident_bytes() -> int:
-    """What this process has in memory now; where the kernel does not tell, the most that it ever had."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    except (OSError, ValueError, IndexError):
-        return peak_memory_bytes(torch.device("cpu"))
-    return pages * mmap.PAGESIZE
 
 
 def fit_into_memory(trainer: Trainer, max_bytes: int, progress: Progress) -> int:

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from ctseg.engine.backends import Forward as Forward
 from ctseg.engine.backends.onnx import forward_of_session, open_session
 from ctseg.engine.checkpoint import file_sha256, read_checkpoint
-from ctseg.engine.compiled import check_backend, compiled_network
-from ctseg.engine.runtime import Runtime
+from ctseg.engine.compiled import check_backend, compiled_network, ready_without_torch, recipe_of
+from ctseg.engine.runtime import Runtime, may_have_gpu, running, start_on_host
 from ctseg.errors import DeviceError, ModelError
-from ctseg.networks import channels_last, fold_for_inference, network_for
 from ctseg.recipe import RECIPE_ENTRY, Recipe, recipe_from_dict
 from ctseg.specs import UNetSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 Reader = Callable[[Path, Runtime], tuple[Recipe, Forward]]
 
@@ -76,6 +76,45 @@ def load_model(
     return Model(recipe, forward, runtime, path, sha256, own)
 
 
+@contextmanager
+def runtime_for(
+    path: Path, device: str = "auto", precision: str = "auto", backend: str | None = None, *, fast: bool = False
+) -> Iterator[Runtime]:
+    """The runtime to segment with, as `running` has it; without torch, which takes long to import, where that will do.
+
+    It will for an ONNX file, and for a checkpoint whose network is in the cache for another backend than torch.
+
+    Args:
+        path: The model's file.
+        device: As for `start_runtime`.
+        precision: As for `start_runtime`.
+        backend: As for `load_model`.
+        fast: Whether reduced precision is welcome on a CPU, see `fast_in_bfloat16`.
+
+    Raises:
+        DeviceError: as `start_runtime`.
+        ModelError: if the file cannot be read.
+    """
+    host = _ready_host(path, device, precision, backend, fast=fast)
+    if host is not None:
+        yield host
+        return
+    fast = fast and fast_in_bfloat16(path, backend)
+    with running(device, precision, amp=True, alone=True, fast=fast) as runtime:
+        yield runtime
+
+
+def _ready_host(path: Path, device: str, precision: str, backend: str | None, *, fast: bool) -> Runtime | None:
+    if device not in ("auto", "cpu") or (device == "auto" and may_have_gpu()):
+        return None
+    if path.suffix == ".onnx":
+        return start_on_host(precision)
+    if path.suffix != ".pt" or backend in (None, "torch"):
+        return None
+    host = start_on_host(precision, fast=fast and fast_in_bfloat16(path, backend))
+    return host if ready_without_torch(file_sha256(path), host, backend) else None
+
+
 def fast_in_bfloat16(path: Path, backend: str | None = None) -> bool:
     """Whether `--fast` may run the model in bfloat16 on a CPU: it may with a UNet's checkpoint, not on onnxruntime.
 
@@ -86,12 +125,18 @@ def fast_in_bfloat16(path: Path, backend: str | None = None) -> bool:
     """
     if path.suffix != ".pt" or backend == "onnxruntime":
         return False
-    recipe = recipe_from_dict(read_checkpoint(path).get("recipe"), f"recipe inside '{path}'")
+    recipe = recipe_of(
+        file_sha256(path), lambda: recipe_from_dict(read_checkpoint(path).get("recipe"), f"recipe inside '{path}'")
+    )
     return isinstance(recipe.network, UNetSpec)
 
 
 def forward_of(network: nn.Module, runtime: Runtime) -> Forward:
     """The network in evaluation mode, channels last, in the runtime's precision."""
+    import torch
+
+    from ctseg.networks import channels_last
+
     channels_last(network.eval()).to(runtime.device)
 
     def forward(image_BCXYZ: Tensor) -> Tensor:
@@ -108,6 +153,8 @@ def load_network(path: Path) -> tuple[Recipe, nn.Module]:
     Raises:
         ModelError: if the checkpoint is damaged or its weights do not fit its recipe.
     """
+    from ctseg.networks import network_for
+
     content = read_checkpoint(path)
     recipe = recipe_from_dict(content.get("recipe"), f"recipe inside '{path}'")
     try:
@@ -119,11 +166,15 @@ def load_network(path: Path) -> tuple[Recipe, nn.Module]:
 
 
 def _from_checkpoint(path: Path, runtime: Runtime) -> tuple[Recipe, Forward]:
+    from ctseg.networks import fold_for_inference
+
     recipe, network = load_network(path)
     return recipe, forward_of(fold_for_inference(network), runtime)
 
 
 def _from_torchscript(path: Path, runtime: Runtime) -> tuple[Recipe, Forward]:
+    import torch
+
     extra: dict[str, Any] = {RECIPE_ENTRY: ""}
     try:
         with warnings.catch_warnings():
@@ -141,7 +192,7 @@ def _from_onnx(path: Path, runtime: Runtime) -> tuple[Recipe, Forward]:
     except Exception as error:  # onnxruntime raises its own classes, derived from Exception alone
         raise ModelError(f"model '{path}': not a readable ONNX file") from error
     recipe = _recipe_entry(session.get_modelmeta().custom_metadata_map.get(RECIPE_ENTRY, ""), path)
-    return recipe, forward_of_session(session, runtime)
+    return recipe, forward_of_session(session)
 
 
 def _recipe_entry(text: str | bytes, path: Path) -> Recipe:

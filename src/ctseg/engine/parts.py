@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import IO, Any
 
-from ctseg.engine.runtime import stop_on_signal
+from ctseg.engine.process import stop_on_signal
 from ctseg.errors import CasesFailed, CtsegError, Stopped
 
 POLL_SECONDS = 0.1

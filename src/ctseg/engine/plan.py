@@ -7,21 +7,21 @@ precision. All else follows from the headers.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
-import torch
-
 import ctseg
+from ctseg.arrays import as_asked, zeros
 from ctseg.engine.cache import Entry, cache_key, read_entry, write_entry
-from ctseg.engine.cases import case_extent
-from ctseg.engine.memory import resident_bytes
+from ctseg.engine.cases import case_extent, needs_voxels
+from ctseg.engine.clock import Clock
+from ctseg.engine.compiled import library_version
 from ctseg.engine.model import Model
 from ctseg.engine.predict import IN_MEMORY, Placement, num_windows, window_logits
-from ctseg.engine.runtime import give_back_memory, memory_errors
+from ctseg.engine.process import cpu_kind, give_back_memory, resident_bytes
+from ctseg.engine.runtime import memory_errors
 from ctseg.errors import ImageError
 from ctseg.io import Extent
 from ctseg.jobs import Job, Options
@@ -117,15 +117,15 @@ def measure_network(model: Model) -> NetworkCost:
     """
     give_back_memory()
     before = resident_bytes()
-    image_XYZ = torch.zeros(model.recipe.inference.window_size, device=model.runtime.device)
+    device = model.runtime.device
+    image_XYZ = as_asked(zeros(model.recipe.inference.window_size, device), device)
     seconds = math.inf
-    with memory_errors("one window", model.runtime.device):
+    with memory_errors("one window", device):
         for _ in range(MEASURED_CALLS):
-            started = time.perf_counter()
-            window_logits(model, image_XYZ, model.recipe.inference)
-            if model.runtime.device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds = min(seconds, time.perf_counter() - started)
+            clock = Clock()
+            with clock.stage("network", device):
+                window_logits(model, image_XYZ, model.recipe.inference)
+            seconds = min(seconds, clock.seconds["network"])
     after = resident_bytes()
     write_entry(_key(model), Entry({"seconds": seconds, "window_bytes": after - before}, b""))
     return NetworkCost(seconds, after - before, after)
@@ -150,11 +150,11 @@ def _key(model: Model) -> str:
     facts = {
         "what": "cost of a window",
         "ctseg": ctseg.__version__,
-        "torch": torch.__version__,
+        "library": library_version(model.backend),
         "model": model.sha256,
         "backend": model.backend,
         "runtime": model.runtime.describe(),
-        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "cpu": cpu_kind(),
     }
     return cache_key(facts)
 
@@ -222,7 +222,10 @@ def plan_run(
         try:
             extent = case_extent(job, options)
             writing_bytes = _writing_bytes(job, extent, overlays)
-            plan = plan_case(model, extent, cost, allowed, scratch, writing_bytes=writing_bytes, fast=options.fast)
+            keep = needs_voxels(options, overlays=overlays)
+            plan = plan_case(
+                model, extent, cost, allowed, scratch, writing_bytes=writing_bytes, keep=keep, fast=options.fast
+            )
         except ImageError as error:
             plan = Plan(image=job.image, way=UNREADABLE, error=str(error))
         if plan.error and str(job.image) not in plan.error:
@@ -256,6 +259,7 @@ def plan_case(
     scratch: Path,
     *,
     writing_bytes: int = 0,
+    keep: bool = False,
     fast: bool = False,
 ) -> Plan:
     """The first way that stays within `max_bytes`: in memory, the CT and its mask on disk, or the grids as well.
@@ -267,6 +271,7 @@ def plan_case(
         max_bytes: Of memory that the process may have.
         scratch: Folder for arrays on disk.
         writing_bytes: Of memory while the mask is written, wherever the arrays lie.
+        keep: Whether the CT is needed until its mask is written, and not only until it is prepared.
         fast: Whether windows may be left out; all are counted, as only the run itself shows which.
 
     Raises:
@@ -280,7 +285,7 @@ def plan_case(
     if fast and model.runtime.device.type == "cpu":  # a byte for each structure says where it is undecided
         always_bytes += (model.recipe.num_classes - 1) * math.prod(grid)
     for way, placement in _ways(scratch):
-        stage_bytes, volume_bytes, disk_bytes = _bytes(model, extent, grid, placement)
+        stage_bytes, volume_bytes, disk_bytes = _bytes(model, extent, grid, placement, keep=keep)
         plan = Plan(
             image=Path(),
             way=way,
@@ -308,7 +313,9 @@ def _ways(scratch: Path) -> Iterator[tuple[str, Placement]]:
     yield ALL, Placement(volumes=scratch, grids=scratch)
 
 
-def _bytes(model: Model, extent: Extent, grid: tuple[int, int, int], placement: Placement) -> tuple[int, int, int]:
+def _bytes(
+    model: Model, extent: Extent, grid: tuple[int, int, int], placement: Placement, *, keep: bool
+) -> tuple[int, int, int]:
     """Of memory, at the stage that needs most; of memory while the CT is read or its mask written; and of disk."""
     voxels = math.prod(extent.geometry.size)
     image_bytes, logits_bytes = _grid_bytes(model, grid)
@@ -321,7 +328,9 @@ def _bytes(model: Model, extent: Extent, grid: tuple[int, int, int], placement: 
         disk += image_bytes + logits_bytes
         share = _window_share(model.recipe, extent, grid)
         image_bytes, logits_bytes = int(image_bytes * share), int(logits_bytes * share)
-    return held + max(reading, image_bytes + logits_bytes, logits_bytes + mask), held + max(reading, mask), disk
+    kept = held if keep else 0
+    stages = (held + max(reading, image_bytes), kept + image_bytes + logits_bytes, kept + logits_bytes + mask)
+    return max(stages), max(held + reading, kept + mask), disk
 
 
 def _grid_bytes(model: Model, grid: tuple[int, int, int]) -> tuple[int, int]:

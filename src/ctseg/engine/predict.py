@@ -13,16 +13,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
+from array_api_compat import array_namespace
 from numpy.typing import NDArray
-from torch import Tensor
 
+from ctseg.arrays import (
+    Array,
+    as_asked,
+    cut_box,
+    device_of,
+    release_array,
+    strides_of,
+    through_torch,
+    to_device,
+    to_work_on,
+    zeros,
+)
 from ctseg.engine.clock import Clock
 from ctseg.engine.fast import Start, average, covering, windows_to_refine
 from ctseg.engine.model import Model
 from ctseg.engine.runtime import memory_errors
-from ctseg.preprocess import new_tensor, prepare, release_tensor, restore, slabs_of
-from ctseg.sampling import cut_patch
+from ctseg.preprocess import prepare, restore, slabs_of
 from ctseg.specs import Inference
 from ctseg.volume import Volume
 
@@ -70,11 +80,25 @@ def predict(
         NotEnoughMemory: if it does not fit the device.
         OutputError: if the disk has no room for what is to lie there.
     """
+    return predict_taken(model, lambda: volume, on_window, clock=clock, placement=placement, fast=fast)
+
+
+def predict_taken(
+    model: Model,
+    take: Callable[[], Volume],
+    on_window: OnWindow | None = None,
+    *,
+    clock: Clock | None = None,
+    placement: Placement = IN_MEMORY,
+    fast: bool = False,
+) -> NDArray[np.uint8]:
+    """As `predict`, of the CT that `take` gives: unless somebody else holds it, its memory is free once prepared."""
+    volume, clock, device = take(), clock or Clock(), model.runtime.device
     size = "x".join(map(str, volume.geometry.size))
-    clock, device = clock or Clock(), model.runtime.device
     with memory_errors(f"a CT of {size} voxels", device):
         with clock.stage("prepare", device):
             prepared = prepare(volume, model.recipe.preprocess, device, placement.grids)
+            del volume
         with clock.stage("network", device):
             inference = model.recipe.inference
             logits = window_logits(model, prepared.image_XYZ, inference, on_window, placement.grids, fast=fast)
@@ -83,32 +107,40 @@ def predict(
             return restore(scores_from_logits(logits), prepared, placement.volumes)
 
 
-def scores_from_logits(logits_CXYZ: Tensor) -> Tensor:
+def scores_from_logits(logits_CXYZ: Array) -> Array:
     """Scores that `restore` takes, in place: P(foreground) - P(background) for one channel, else the softmax."""
-    for box in slabs_of(logits_CXYZ):
-        slab = logits_CXYZ[box]
+    values_CXYZ = to_work_on(logits_CXYZ)
+    xp = array_namespace(values_CXYZ)
+    for box in slabs_of(values_CXYZ):
+        slab = values_CXYZ[box]
         if len(slab) == 1:
-            slab.mul_(0.5).tanh_()  # sigmoid(d) - sigmoid(-d)
+            slab *= 0.5
+            slab[...] = xp.tanh(slab)  # sigmoid(d) - sigmoid(-d)
         else:
-            slab.copy_(torch.softmax(slab, dim=0))
+            slab -= xp.max(slab, axis=0, keepdims=True)
+            slab[...] = xp.exp(slab)
+            slab /= xp.sum(slab, axis=0, keepdims=True)
     return logits_CXYZ
 
 
 def window_logits(
     model: Model,
-    image_XYZ: Tensor,
+    image_XYZ: Array,
     inference: Inference,
     on_window: OnWindow | None = None,
     scratch: Path | None = None,
     *,
     fast: bool = False,
-) -> Tensor:
+) -> Array:
     """Averaged logits on the whole grid, float32 `[C, X, Y, Z]`; two classes give one channel: their difference.
 
     Where the image is smaller than the window, windows are padded with zeros, half before and half after it. Axes have
     the image's order in memory. On the CPU the logits lie on the disk of `scratch`, if it is given. `fast` leaves out
     windows that would hardly change the mask.
     """
+    asked, image_XYZ = device_of(image_XYZ), to_work_on(image_XYZ)
+    forward = model.forward if asked is device_of(image_XYZ) else through_torch(model.forward)
+    xp = array_namespace(image_XYZ)
     shape, window = _size(image_XYZ.shape), inference.window_size
     starts = list(window_starts(_size(map(max, shape, window)), window, inference.overlap))
     num_classes = model.recipe.num_classes
@@ -120,25 +152,25 @@ def window_logits(
     groups = _groups_as_needed(starts, window, total_CXYZ, batch) if fast else _groups(starts, batch)
     done: list[Start] = []
     for number, (group, calls) in enumerate(groups, start=1):
-        logits_BCXYZ = model.forward(torch.stack([cut_patch(image_XYZ, start, window) for start in group]).unsqueeze(1))
-        if num_classes == 2:
+        logits_BCXYZ = forward(xp.stack([cut_box(image_XYZ, start, window) for start in group])[:, None])
+        if logits_BCXYZ.shape[1] > channels:  # two classes, unless it is their difference already
             logits_BCXYZ = logits_BCXYZ[:, 1:] - logits_BCXYZ[:, :1]
         for start, logits_CXYZ in zip(group, logits_BCXYZ[..., x, y, z], strict=True):
             to_x, to_y, to_z = (slice(s, s + n) for s, n in zip(start, held, strict=True))
             total_CXYZ[..., to_x, to_y, to_z] += logits_CXYZ
-            release_tensor(image_XYZ[to_x, to_y, to_z])
-            release_tensor(total_CXYZ[..., to_x, to_y, to_z])
+            release_array(image_XYZ[to_x, to_y, to_z])
+            release_array(total_CXYZ[..., to_x, to_y, to_z])
         done += group
         if on_window is not None:
             on_window(number, calls)
     if len(done) < len(starts):
         average(total_CXYZ, done, held)
-        return total_CXYZ
-    counts = [torch.from_numpy(along).to(total_CXYZ) for along in _counts(starts, shape, window)]
+        return as_asked(total_CXYZ, asked)
+    counts = [to_device(along, device_of(total_CXYZ)) for along in _counts(starts, shape, window)]
     for box in slabs_of(total_CXYZ):
         for axis, (along, part) in enumerate(zip(counts, box[1:], strict=True)):
-            total_CXYZ[box] /= along[part].view([-1 if n == axis else 1 for n in range(3)])
-    return total_CXYZ
+            total_CXYZ[box] /= along[part].reshape([-1 if n == axis else 1 for n in range(3)])
+    return as_asked(total_CXYZ, asked)
 
 
 def num_windows(shape: Start, inference: Inference) -> int:
@@ -154,7 +186,7 @@ def _groups(starts: Sequence[Start], batch: int, calls_before: int = 0) -> Itera
 
 
 def _groups_as_needed(
-    starts: Sequence[Start], window: Start, total_CXYZ: Tensor, batch: int
+    starts: Sequence[Start], window: Start, total_CXYZ: Array, batch: int
 ) -> Iterator[tuple[Sequence[Start], int]]:
     """Like `_groups`: the fewest windows that cover all, then those that `total_CXYZ` shows to be needed by then."""
     first = covering(starts, window)
@@ -191,11 +223,12 @@ def _counts(starts: list[Start], shape: Start, window: Start) -> list[NDArray[np
     return counts
 
 
-def _zeros_like(image_XYZ: Tensor, channels: int, scratch: Path | None) -> Tensor:
+def _zeros_like(image_XYZ: Array, channels: int, scratch: Path | None) -> Array:
     """Zeros `[C, X, Y, Z]` with the image's order of axes in memory."""
-    slowest_first = sorted(range(3), key=image_XYZ.stride, reverse=True)
-    shape = (channels, *(image_XYZ.shape[axis] for axis in slowest_first))
-    return new_tensor(shape, image_XYZ.device, scratch).permute(0, *(1 + slowest_first.index(n) for n in range(3)))
+    strides = strides_of(image_XYZ)
+    slowest_first = sorted(range(3), key=lambda axis: strides[axis], reverse=True)
+    values = zeros((channels, *(image_XYZ.shape[axis] for axis in slowest_first)), device_of(image_XYZ), scratch)
+    return array_namespace(values).permute_dims(values, (0, *(1 + slowest_first.index(n) for n in range(3))))
 
 
 def _size(values: Iterable[int]) -> Start:

@@ -12,8 +12,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import ctseg
 from ctseg.engine.model import Model
 from ctseg.errors import CtsegError, OutputError, Stopped
@@ -28,7 +26,6 @@ CASES, EARLIER = "cases", "earlier_runs"
 def run_facts(model: Model, options: Options, shard: Shard, **flags: bool) -> dict[str, Any]:
     """What decides about the masks of a run, and where it runs; a UID in the rule for series is left out."""
     runtime = model.runtime
-    cuda = runtime.device.type == "cuda"
     libraries = dict.fromkeys(("torch", "numpy", model.backend))
     chosen = dataclasses.asdict(options)
     return {
@@ -36,10 +33,10 @@ def run_facts(model: Model, options: Options, shard: Shard, **flags: bool) -> di
         "python": platform.python_version(),
         "libraries": {name: getattr(sys.modules.get(name), "__version__", None) for name in libraries},
         "device": str(runtime.device),
-        "gpu": torch.cuda.get_device_name(runtime.device) if cuda else None,
+        "gpu": runtime.gpu,
         "precision": runtime.precision,
         "backend": model.backend,
-        "threads": torch.get_num_threads(),
+        "threads": runtime.threads,
         "model": model.path.name,
         "model_sha256": model.sha256,
         "recipe": model.recipe.name,

@@ -1,32 +1,35 @@
-"""The machine under a run: device, precision, processes, threads, memory allocator. Nothing else knows of them."""
+"""The machine under a run: device, precision, processes. Nothing else knows of them.
+
+torch takes more than a second to import, so it is imported only where something is done with it: what runs on the host
+alone (`start_on_host`) does without.
+"""
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
-import platform
 import re
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from types import FrameType
-from typing import Any
-
-import torch
-from torch import Tensor, distributed
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ctseg import slurm
+from ctseg.arrays import HOST
+from ctseg.engine.process import cpu_has_bfloat16, threads_of_process, tune_allocator
 from ctseg.errors import DeviceError, NotEnoughMemory, PeerLost, Stopped
-from ctseg.limits import available_cpus
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 LACK_OF_MEMORY = "out of memory|not enough memory|(can't|cannot|failed to) allocate"
+GPU_DEVICES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg", "/dev/kfd", "/proc/driver/nvidia/version")
+"""Of NVIDIA's driver, of Windows below a Linux, and of AMD's, whose builds of torch speak of CUDA too."""
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 COLLECTIVE_TIMEOUT = timedelta(days=1)
 """How long a process waits for the others: one may prepare a large data set alone. Elastic ends those that lost one."""
 MEETING_TIMEOUT = timedelta(minutes=10)
@@ -40,15 +43,39 @@ class Runtime:
     """Where and how tensors are computed, and this process's place among its peers."""
 
     device: torch.device
-    amp_dtype: torch.dtype | None
-    """Type of mixed precision, None for plain float32."""
+    """HOST where torch is not needed."""
+    precision: str = "float32"
+    """One of PRECISIONS, as it turned out: float32, or the type of mixed precision, bfloat16 or float16."""
     rank: int = 0
     world_size: int = 1
 
     @property
-    def precision(self) -> str:
-        """One of PRECISIONS, as it turned out: float32, bfloat16 or float16."""
-        return "float32" if self.amp_dtype is None else str(self.amp_dtype).removeprefix("torch.")
+    def amp_dtype(self) -> torch.dtype | None:
+        """torch's type of mixed precision, None for plain float32."""
+        if self.precision == "float32":
+            return None
+        import torch
+
+        dtype: torch.dtype = getattr(torch, self.precision)
+        return dtype
+
+    @property
+    def gpu(self) -> str | None:
+        """The name of the GPU, None for a CPU."""
+        if self.device.type != "cuda":
+            return None
+        import torch
+
+        return torch.cuda.get_device_name(self.device)
+
+    @property
+    def threads(self) -> int:
+        """CPU threads of one operation."""
+        if self.device is HOST:
+            return threads_of_process()
+        import torch
+
+        return torch.get_num_threads()
 
     @property
     def is_main(self) -> bool:
@@ -57,12 +84,19 @@ class Runtime:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context in which the network runs."""
+        if self.device is HOST:
+            return nullcontext()
+        import torch
+
         return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
 
     def any_process(self, flag: bool) -> bool:
         """True in every process as soon as it is true in one."""
         if self.world_size == 1:
             return flag
+        import torch
+        from torch import distributed
+
         value = torch.tensor(float(flag))  # on the host, so that no GPU is waited for
         distributed.all_reduce(value, op=distributed.ReduceOp.MAX)
         return bool(value.item())
@@ -71,6 +105,8 @@ class Runtime:
         """The sum over processes of `sums`; its gradient is that of this process's own part."""
         if self.world_size == 1:
             return sums
+        from torch import distributed
+
         total = sums.detach().clone()
         distributed.all_reduce(total)
         return sums + (total - sums.detach())
@@ -79,6 +115,8 @@ class Runtime:
         """Every process's `value`, in order of rank."""
         if self.world_size == 1:
             return [value]
+        from torch import distributed
+
         values: list[Any] = [None] * self.world_size
         distributed.all_gather_object(values, value)
         return values
@@ -86,21 +124,21 @@ class Runtime:
     def copy_from_main(self, tensors: Iterable[Tensor]) -> None:
         """Overwrites every process's `tensors` with those of the main one."""
         if self.world_size > 1:
+            from torch import distributed
+
             for tensor in tensors:
                 distributed.broadcast(tensor, src=0)
 
     def wait_for_all(self) -> None:
         """Returns once every process is here."""
         if self.world_size > 1:
+            from torch import distributed
+
             distributed.barrier()
 
     def describe(self) -> str:
         """One line for logs."""
-        name = (
-            torch.cuda.get_device_name(self.device)
-            if self.device.type == "cuda"
-            else f"{torch.get_num_threads()} threads"
-        )
+        name = self.gpu or f"{self.threads} threads"
         processes = f", process {self.rank + 1} of {self.world_size}" if self.world_size > 1 else ""
         return f"{self.device} ({name}), {self.precision}{processes}"
 
@@ -124,6 +162,9 @@ def start_runtime(
         DeviceError: if the device or precision is not to be had here.
         PeerLost: if the other processes are not to be found.
     """
+    import torch
+    from torch import distributed
+
     slurm.join(os.environ)
     tune_allocator()
     torch.set_num_threads(threads_of_process())
@@ -135,9 +176,30 @@ def start_runtime(
         _join_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", rank, world_size)
     if precision == "auto" and fast and chosen.type == "cpu" and cpu_has_bfloat16():
         precision = "bfloat16"
-    amp_dtype = _choose_precision(precision, chosen, amp)
-    torch.backends.cudnn.allow_tf32 = amp_dtype is not None  # float32 means float32, not TF32's ten bits
-    return Runtime(chosen, amp_dtype, rank, world_size)
+    precision = _choose_precision(precision, chosen, amp)
+    torch.backends.cudnn.allow_tf32 = precision != "float32"  # float32 means float32, not TF32's ten bits
+    return Runtime(chosen, precision, rank, world_size)
+
+
+def start_on_host(precision: str = "auto", *, fast: bool = False) -> Runtime:
+    """The runtime of a process that computes on the CPU, alone, and does not import torch.
+
+    Args:
+        precision: As for `start_runtime`.
+        fast: As for `start_runtime`.
+
+    Raises:
+        DeviceError: if the precision is not to be had here.
+    """
+    slurm.join(os.environ)
+    if precision == "auto" and fast and cpu_has_bfloat16():
+        precision = "bfloat16"
+    return Runtime(HOST, _choose_precision(precision, HOST, amp=False))
+
+
+def may_have_gpu() -> bool:
+    """Whether torch might find a CUDA device here: whether a driver shows one, which is known at once."""
+    return any(Path(path).exists() for path in GPU_DEVICES)
 
 
 @contextmanager
@@ -175,12 +237,16 @@ def running(
 
 
 def _leave_group() -> None:
+    from torch import distributed
+
     if distributed.is_initialized():
         gc.collect()  # a network wrapped for several processes is a cycle that keeps the group's threads alive
         distributed.destroy_process_group()
 
 
 def _join_group(backend: str, rank: int, world_size: int) -> None:
+    from torch import distributed
+
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's agents have met already
         distributed.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
         return
@@ -200,10 +266,14 @@ def _join_group(backend: str, rank: int, world_size: int) -> None:
 
 def _tells_of_lost_peer(error: RuntimeError) -> bool:
     """Whether it is about the connection to another process; gloo raises RuntimeErrors that name its own files."""
+    from torch import distributed
+
     return isinstance(error, distributed.DistError) or "gloo" in str(error)
 
 
 def _choose_device(name: str) -> torch.device:
+    import torch
+
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -222,75 +292,15 @@ def _choose_device(name: str) -> torch.device:
     return torch.device("cuda", index)
 
 
-def _choose_precision(name: str, device: torch.device, amp: bool) -> torch.dtype | None:
+def _choose_precision(name: str, device: torch.device, amp: bool) -> str:
     if name not in PRECISIONS:
         raise DeviceError(f"precision '{name}': expected one of {', '.join(PRECISIONS)}")
     if name == "auto":
-        return torch.float16 if amp and device.type == "cuda" else None
+        return "float16" if amp and device.type == "cuda" else "float32"
     if name == "float16" and device.type == "cpu":
         raise DeviceError("precision 'float16': not on a CPU; use bfloat16 or float32")
     if name == "bfloat16" and device.type == "cpu" and not cpu_has_bfloat16():
         raise DeviceError(
             "precision 'bfloat16': this CPU lacks bfloat16 arithmetic, it would be far slower; use float32"
         )
-    return None if name == "float32" else getattr(torch, name)
-
-
-def cpu_has_bfloat16() -> bool:
-    """True where the CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX); elsewhere it is about 50x slower."""
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
-
-
-def threads_of_process() -> int:
-    """CPUs for this process: torchrun and `--gpus` share theirs out, Slurm has given each of its tasks its own."""
-    started_by_srun = slurm.num_tasks(os.environ) > 1 and "TORCHELASTIC_RUN_ID" not in os.environ
-    sharing = 1 if started_by_srun else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, available_cpus() // sharing)
-
-
-def tune_allocator() -> None:
-    """Keeps glibc from giving large tensors back to the kernel between layers.
-
-    Otherwise every layer's output is fresh memory and its page faults cost as much as the arithmetic in float32.
-    Linux with glibc only; elsewhere nothing happens.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return
-    libc = ctypes.CDLL(None)
-    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 64 * 2**20)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-        libc.mallopt(option, value)
-
-
-def give_back_memory() -> None:
-    """Has glibc give free memory back to the kernel, once: after work that needed far more than what follows."""
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-@contextmanager
-def stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """A function that says whether SIGTERM, SIGINT or SIGUSR1 has come; a second SIGINT interrupts at once.
-
-    After Stopped the process is on its way out and deaf to SIGTERM and SIGUSR1: srun sends SIGTERM to all as soon as
-    the first one has ended, and a death by it would hide the exit code that says everything is saved.
-    """
-    stopping = threading.Event()
-
-    def handle(number: int, _frame: FrameType | None) -> None:
-        if number == signal.SIGINT and stopping.is_set():
-            raise KeyboardInterrupt
-        stopping.set()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield stopping.is_set
-        return
-    previous = {number: signal.signal(number, handle) for number in STOP_SIGNALS}
-    try:
-        yield stopping.is_set
-    except Stopped:
-        previous |= {signal.SIGTERM: signal.SIG_IGN, signal.SIGUSR1: signal.SIG_IGN}
-        raise
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    return name

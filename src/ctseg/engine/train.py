@@ -11,7 +11,8 @@ from ctseg.engine.bank import bank_fingerprint, bank_folder, prepare_bank
 from ctseg.engine.checkpoint import BEST, LAST, PREVIOUS, START, save_checkpoint
 from ctseg.engine.determinism import set_determinism
 from ctseg.engine.fit import fit
-from ctseg.engine.memory import fit_into_memory, peak_memory_bytes
+from ctseg.engine.memory import fit_into_memory
+from ctseg.engine.process import peak_memory_bytes
 from ctseg.engine.runtime import Runtime, memory_errors
 from ctseg.engine.samples import open_samples
 from ctseg.engine.trainer import Trainer

@@ -188,7 +188,7 @@ class Service:
             return prepare_for_clicks(served.model, self.volume(image))
 
         def num_bytes(prepared: Prepared) -> int:
-            return prepared.image_XYZ.nbytes
+            return int(prepared.image_XYZ.nbytes)
 
         def work(_: object) -> NDArray[np.uint8]:
             return segment_prepared(served.model, self.cache.get(key, prepare, num_bytes), clicks)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
-from ctseg.engine.backends import Forward, Window, example_of, one_by_one
+from ctseg.engine.backends import Forward, Window, example_of, on_host, one_by_one
 from ctseg.engine.runtime import Runtime
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 LIBRARY = "onnxruntime"
 PRECISIONS: tuple[str, ...] = ("float32",)
@@ -19,6 +19,8 @@ OPSET = 18
 
 def compile_network(network: nn.Module, window: Window, runtime: Runtime) -> bytes:
     """The network as ONNX."""
+    import torch
+
     network.eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # stubs lack it
     content: bytes = to_onnx(network, example_of(network, window)).SerializeToString()
     return content
@@ -26,11 +28,13 @@ def compile_network(network: nn.Module, window: Window, runtime: Runtime) -> byt
 
 def load(content: bytes, window: Window, runtime: Runtime) -> Forward:
     """What `compile_network` made, ready to run."""
-    return one_by_one(forward_of_session(open_session(content, runtime), runtime), window)
+    return one_by_one(forward_of_session(open_session(content, runtime)), window)
 
 
 def to_onnx(network: nn.Module, example: Tensor) -> Any:
     """The network as an `onnx.ModelProto`, input "image", output "logits", for any number of windows."""
+    import torch
+
     # It reports that torchvision, which no network here uses, is not installed.
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     with warnings.catch_warnings():
@@ -57,19 +61,14 @@ def open_session(content: bytes, runtime: Runtime) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
+    options.intra_op_num_threads = runtime.threads
     options.log_severity_level = 3
     cuda = runtime.device.type == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers()
     on_gpu = ("CUDAExecutionProvider", {"device_id": runtime.device.index or 0})
     return onnxruntime.InferenceSession(content, options, providers=[on_gpu] if cuda else ["CPUExecutionProvider"])
 
 
-def forward_of_session(session: Any, runtime: Runtime) -> Forward:
-    """The session as a function of tensors on the runtime's device."""
+def forward_of_session(session: Any) -> Forward:
+    """The session as a function of windows."""
     name = session.get_inputs()[0].name
-
-    def forward(image_BCXYZ: Tensor) -> Tensor:
-        (logits,) = session.run(None, {name: image_BCXYZ.cpu().contiguous().numpy()})
-        return torch.from_numpy(logits).to(runtime.device)
-
-    return forward
+    return on_host(lambda image_BCXYZ: session.run(None, {name: image_BCXYZ})[0])

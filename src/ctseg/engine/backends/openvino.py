@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+import numpy as np
+from numpy.typing import NDArray
 
-from ctseg.engine.backends import Forward, Window, example_of, one_by_one
-from ctseg.engine.backends.torchscript import trace
+from ctseg.engine.backends import Forward, Window, example_of, on_host, one_by_one
 from ctseg.engine.runtime import Runtime
+
+if TYPE_CHECKING:
+    from torch import nn
 
 LIBRARY = "openvino"
 PRECISIONS: tuple[str, ...] = ("float32", "bfloat16")
@@ -19,30 +23,33 @@ HINTS = {"float32": "f32", "bfloat16": "bf16"}
 
 def compile_network(network: nn.Module, window: Window, runtime: Runtime) -> bytes:
     """The network as OpenVINO keeps it, for windows of this size."""
-    openvino = _import_openvino()
+    core = _core()
+    import torch
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
+    from ctseg.engine.backends.torchscript import trace
 
     network.eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # stubs lack it
     frontend = FrontEndManager().load_by_framework("pytorch")
     decoder = TorchScriptPythonDecoder(trace(network, window, torch.contiguous_format))  # must outlive the conversion
     model = frontend.convert(frontend.load(decoder))
     model.reshape(list(example_of(network, window).shape))
-    compiled = openvino.Core().compile_model(model, "CPU", _settings(runtime))
+    compiled = core.compile_model(model, "CPU", _settings(runtime))
     content: bytes = compiled.export_model().getvalue()
     return content
 
 
 def load(content: bytes, window: Window, runtime: Runtime) -> Forward:
     """What `compile_network` made, ready to run."""
-    compiled = _import_openvino().Core().import_model(content, "CPU", _settings(runtime))
+    compiled = _core().import_model(content, "CPU", _settings(runtime))
     request = compiled.create_infer_request()
 
-    def run(image_BCXYZ: Tensor) -> Tensor:
-        (logits,) = request.infer({0: image_BCXYZ.contiguous().numpy()}, share_inputs=True).values()
-        return torch.from_numpy(logits)
+    def run(image_BCXYZ: NDArray[np.float32]) -> NDArray[np.float32]:
+        (logits,) = request.infer({0: image_BCXYZ}, share_inputs=True).values()
+        return np.asarray(logits)
 
-    return one_by_one(run, window)
+    return one_by_one(on_host(run), window)
 
 
 def _settings(runtime: Runtime) -> dict[str, Any]:
@@ -50,9 +57,28 @@ def _settings(runtime: Runtime) -> dict[str, Any]:
     return {
         "INFERENCE_PRECISION_HINT": HINTS[runtime.precision],
         "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_NUM_THREADS": runtime.threads,
         "ENABLE_CPU_PINNING": False,
     }
+
+
+@functools.cache
+def _core() -> Any:
+    """OpenVINO with its CPU plugin, loaded in a thread of its own that then ends.
+
+    The plugin gives the thread that loads it an alternate signal stack, and Python has its signal handlers run on such
+    stacks. The plugin's has room for one handler once bfloat16 has run on AMX, and several signals at once overflow it;
+    and it is unmapped with the plugin, while a thread may still point at it. Either way the next signal ends the
+    process with SIGSEGV.
+    """
+
+    def make() -> Any:
+        core = _import_openvino().Core()
+        core.get_versions("CPU")  # loads the plugin, which otherwise waits for the first network
+        return core
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(make).result()
 
 
 def _import_openvino() -> Any:

@@ -23,7 +23,8 @@ def judge(series: Series, series_of_its_uid: int = 1) -> Series:
     problems = [Finding(code, text) for code, check in _HEADER_CHECKS.items() for text in check(series.slices)]
     notes = [Finding(code, text) for code, check in _HEADER_NOTES.items() for text in check(series.slices)]
     geometry = None
-    if not any(np.isnan((*one.position_mm, *one.axes.flat, *one.spacing_mm)).any() for one in series.slices):
+    places = [(*one.position_mm, *one.axes.flat, *one.spacing_mm) for one in series.slices]
+    if not np.isnan(places).any():
         geometry = measure(series.slices)
         problems += geometry_problems(series.slices, geometry)
         notes += geometry_notes(series.slices, geometry)
@@ -104,7 +105,7 @@ def _pixels(slices: Sequence[Slice]) -> Iterator[str]:
 def _transfer_syntaxes(slices: Sequence[Slice]) -> Iterator[str]:
     from pydicom.pixels import get_decoder
 
-    for uid in sorted({_transfer_syntax(one) for one in slices} - {""}):
+    for uid in sorted({one.file.syntax for one in slices} - {""}):
         try:
             available = uid in jpeg12.SYNTAXES or get_decoder(uid).is_available
         except NotImplementedError:
@@ -128,11 +129,6 @@ def _unspecified(slices: Sequence[Slice]) -> Iterator[str]:
 def _uneven_rescale(slices: Sequence[Slice]) -> Iterator[str]:
     if len({one.rescale for one in slices}) > 1:
         yield "slices have their own RescaleSlope and RescaleIntercept; each is applied to its slice"
-
-
-def _transfer_syntax(one: Slice) -> str:
-    meta = getattr(one.file.scanned, "file_meta", None)
-    return "" if meta is None else str(meta.get("TransferSyntaxUID") or "")
 
 
 _HEADER_CHECKS: dict[str, Callable[[Sequence[Slice]], Iterator[str]]] = {

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from ctseg.errors import ImageError
 from ctseg.privacy import without_uids
@@ -68,7 +68,7 @@ class Source:
         """Its size, unpacked."""
         return self.path.stat().st_size if self.packed is None else self.packed.file_size
 
-    def open(self) -> IO[bytes] | zipfile.ZipExtFile:
+    def open(self) -> io.BufferedReader | zipfile.ZipExtFile:
         """Its bytes from the beginning, unpacked as they are read; close it after use. Several threads may do so."""
         file = self.path.open("rb")
         if self.packed is None:

@@ -6,6 +6,7 @@ What a header lacks is NaN here; `checks` says what that means for a series.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -39,9 +40,18 @@ _LOCALIZERS = {"LOCALIZER", "SCOUT", "TOPOGRAM", "SURVIEW"}
 
 def kind_of(header: Header) -> str:
     """What the images of a header are: "CT" for slices that can become a volume, else a word or two that say what."""
-    modality = printable(str(header.value("Modality") or "no modality"))[:LONGEST_TEXT]
-    sop_class = str(header.value("SOPClassUID") or "")
-    words = [part.upper().strip() for part in texts(header.value("ImageType"))]
+    return _kind(
+        str(header.value("Modality") or "no modality"),
+        str(header.value("SOPClassUID") or ""),
+        tuple(texts(header.value("ImageType"))),
+        header.value("SamplesPerPixel") in (None, 1),
+    )
+
+
+@lru_cache
+def _kind(modality: str, sop_class: str, image_type: tuple[str, ...], grey: bool) -> str:
+    modality = printable(modality)[:LONGEST_TEXT]
+    words = [part.upper().strip() for part in image_type]
     if sop_class.startswith(_SECONDARY_CAPTURES):
         return "secondary capture"
     if modality != "CT" or (sop_class and sop_class not in CT_CLASSES):
@@ -50,7 +60,7 @@ def kind_of(header: Header) -> str:
         return "localizer"
     if sop_class == _ENHANCED_CT and len(words) > 3 and words[3] not in _DENSITIES:
         return "CT map"
-    if header.value("SamplesPerPixel") not in (None, 1):
+    if not grey:
         return "colour image"
     return "CT"
 
@@ -69,7 +79,7 @@ def slices_of(header: Header) -> list[Slice]:
             file=header,
             frame=frame,
             position_mm=numbers(header.value("ImagePositionPatient", frame), 3),
-            axes=_unit_axes(numbers(header.value("ImageOrientationPatient", frame), 6)),
+            axes=_unit_axes(numbers(header.value("ImageOrientationPatient", frame), 6).tobytes()),
             spacing_mm=_spacing(numbers(header.value("PixelSpacing", frame), 2)),
             size=(columns, rows),
             rescale=_rescale(header, frame),
@@ -82,10 +92,11 @@ def numbers(value: Any, count: int) -> NDArray[np.float64]:
     """`count` numbers of a tag, or as many NaN if it does not hold them, or absurd ones."""
     values = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
     try:
-        found = np.array([float(v) for v in values], dtype=np.float64)
+        found = [float(v) for v in values]
     except (TypeError, ValueError):
-        found = np.empty(0)
-    return found if found.size == count and (np.abs(found) <= LARGEST).all() else np.full(count, np.nan)
+        found = []
+    sound = len(found) == count and all(abs(v) <= LARGEST for v in found)
+    return np.array(found) if sound else np.full(count, np.nan)
 
 
 def integer(value: Any) -> int | None:
@@ -116,15 +127,18 @@ def _frames(header: Header) -> Sequence[int | None]:
     return range(promised)
 
 
-def _unit_axes(cosines: NDArray[np.float64]) -> NDArray[np.float64]:
-    """`(2, 3)` orthonormal row and column directions; NaN if the cosines are not nearly so."""
-    axes = cosines.reshape(2, 3)
+@lru_cache
+def _unit_axes(cosines: bytes) -> NDArray[np.float64]:
+    """`(2, 3)` orthonormal row and column directions; NaN if the 6 cosines are not nearly so. Not to be changed."""
+    axes = np.frombuffer(cosines).reshape(2, 3)
     products = axes @ axes.T
     if not np.abs(products - np.eye(2)).max() <= UNIT_TOLERANCE:
-        return np.full((2, 3), np.nan)
-    x = axes[0] / np.linalg.norm(axes[0])
-    y = axes[1] - (axes[1] @ x) * x
-    exact: NDArray[np.float64] = np.stack([x, y / np.linalg.norm(y)])
+        exact = np.full((2, 3), np.nan)
+    else:
+        x = axes[0] / np.linalg.norm(axes[0])
+        y = axes[1] - (axes[1] @ x) * x
+        exact = np.stack([x, y / np.linalg.norm(y)])
+    exact.flags.writeable = False
     return exact
 
 

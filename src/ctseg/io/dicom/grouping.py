@@ -6,10 +6,10 @@ import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ctseg.io.dicom.checks import judge
 from ctseg.io.dicom.files import Source
@@ -88,12 +88,12 @@ def group_slices(slices: Iterable[Slice]) -> list[Series]:
     so does an acquisition number whose stacks lie between each other.
     """
     stacks: dict[tuple[object, ...], list[Slice]] = defaultdict(list)
-    first_axes: dict[tuple[object, ...], NDArray[np.float64]] = {}
+    first_axes: dict[tuple[object, ...], bytes] = {}
     for one in slices:
         uid = str(one.value("SeriesInstanceUID") or "")
         key = (uid, kind_of(one.file), one.size, *(str(round(s, 4)) for s in one.spacing_mm))
-        turned = np.nan_to_num(one.axes - first_axes.setdefault(key, one.axes), nan=LARGEST)
-        stack = (*key, (np.round(turned / (2 * ORIENTATION_TOLERANCE)) + 0.0).tobytes())
+        axes = one.axes.tobytes()
+        stack = (*key, _turn(axes, first_axes.setdefault(key, axes)))
         stacks[stack].append(one)
     series = [
         (str(key[0]), str(key[1]), part)
@@ -120,6 +120,13 @@ def split_positions(slices: list[Slice]) -> list[list[Slice]]:
         if len(parts) > 1 and whole and (shared or _interleaved(parts)):
             return parts
     return [slices]
+
+
+@lru_cache
+def _turn(axes: bytes, first: bytes) -> bytes:
+    """How far axes are from others, in steps of the tolerance."""
+    turned = np.nan_to_num(np.frombuffer(axes) - np.frombuffer(first), nan=LARGEST)
+    return bytes((np.round(turned / (2 * ORIENTATION_TOLERANCE)) + 0.0).tobytes())
 
 
 def _interleaved(parts: list[list[Slice]]) -> bool:

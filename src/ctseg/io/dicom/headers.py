@@ -11,7 +11,7 @@ import threading
 import warnings
 import zlib
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
 from zipfile import BadZipFile
@@ -24,6 +24,7 @@ from pydicom.tag import BaseTag
 
 from ctseg.errors import ImageError
 from ctseg.io.dicom.files import Source
+from ctseg.io.dicom.plain import PIXEL_TAGS, UNDEFINED, plain_header
 from ctseg.privacy import without_uids
 from ctseg.progress import printable
 
@@ -90,10 +91,11 @@ BROKEN_FILE = (ImageError, OSError, EOFError, ValueError, zlib.error, BadZipFile
 """What opening, unpacking and parsing a broken file raises."""
 
 _SCANNED_TAGS: list[BaseTag | int] = [tag for keyword in SCANNED if (tag := tag_for_keyword(keyword)) is not None]
+_KEPT = frozenset((*_SCANNED_TAGS, 0x00080005))
+"""With the character set that texts are in."""
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
 _EXPLICIT = b"1.2.840.10008.1.2.1\0\0\0"
 _DIRECTORY = "1.2.840.10008.1.3.10"
-_PIXEL_TAGS = frozenset((0x7FE00008, 0x7FE00009, 0x7FE00010))  # pydicom's tags are slow to compare, not to hash
 _PLAIN_VRS = frozenset(("CS", "DS", "IS", "TM", "UI", "US"))  # no value of theirs depends on the character set
 _LONG_VRS = ("OB", "OD", "OF", "OL", "OV", "OW", "UN")
 
@@ -121,11 +123,16 @@ class Header:
         source: The file.
         scanned: The tags of SCANNED only, which are all that is read of thousands of files.
         pixels: Where the pixels are; None where it has none.
+        syntax: The transfer syntax, empty where the file does not name it.
+        little_endian: The order of its bytes.
     """
 
     source: Source
     scanned: pydicom.Dataset
     pixels: PixelPlace | None
+    syntax: str
+    little_endian: bool = True
+    _values: dict[str, Any] = field(default_factory=dict, init=False)
 
     @cached_property
     def dataset(self) -> pydicom.Dataset:
@@ -144,6 +151,13 @@ class Header:
 
     def value(self, keyword: str, frame: int | None = None) -> Any:
         """The value of a tag: of `frame`, else shared by all frames, else of the file; None if it is not readable."""
+        if frame is not None and keyword in FUNCTIONAL_GROUPS:
+            return self._value(keyword, frame)
+        if keyword not in self._values:
+            self._values[keyword] = self._value(keyword, None)
+        return self._values[keyword]
+
+    def _value(self, keyword: str, frame: int | None) -> Any:
         try:
             return tag_value(self.scanned if keyword in SCANNED else self.dataset, keyword, frame)
         except ImageError:
@@ -275,7 +289,7 @@ def _item(dataset: pydicom.Dataset | None, keyword: str, index: int) -> pydicom.
 
 
 def _get(dataset: pydicom.Dataset, keyword: str) -> Any:
-    tag = tag_for_keyword(keyword)
+    tag = _tag(keyword)
     if tag is None or tag not in dataset:
         return None
     try:
@@ -287,6 +301,13 @@ def _get(dataset: pydicom.Dataset, keyword: str) -> Any:
     except Exception:  # the conversion of a hostile value raises anything
         return None
     return None if value is None or value == "" else value
+
+
+@lru_cache
+def _tag(keyword: str) -> BaseTag | None:
+    """A tag as pydicom's data sets have them; they are slow to look up any other."""
+    number = tag_for_keyword(keyword)
+    return None if number is None else BaseTag(number)
 
 
 @lru_cache
@@ -315,11 +336,15 @@ def _looks_like_dicom(start: bytes) -> bool:
 
 def _parse(source: Source, start: bytes, tags: list[BaseTag | int] | None) -> Header | None:
     """The header in the first bytes of a file; without pixels if they end before; None if it makes no sense."""
+    plain = plain_header(start, _KEPT) if tags is not None else None
+    if plain is not None:
+        scanned = pydicom.Dataset(plain.elements)
+        return Header(source, scanned, PixelPlace(plain.offset, plain.length, False), plain.syntax)
     data = _inflated(start, MAX_HEADER_BYTES)
     stopped: list[tuple[str | None, int]] = []
 
     def at_pixels(tag: int, vr: str | None, length: int) -> bool:
-        if tag not in _PIXEL_TAGS:
+        if tag not in PIXEL_TAGS:
             return False
         stopped.append((vr, length))
         return True
@@ -329,12 +354,13 @@ def _parse(source: Source, start: bytes, tags: list[BaseTag | int] | None) -> He
         dataset = read_partial(buffer, at_pixels, force=True, specific_tags=tags)
     except Exception:  # also a header that goes on after these bytes
         return None
-    if not stopped:
-        return Header(source, dataset, None)
-    vr, length = stopped[-1]
-    offset = buffer.tell() + (12 if vr in _LONG_VRS else 8)
-    place = PixelPlace(offset, None if length == 0xFFFFFFFF else length, data is not start)
-    return Header(source, dataset, place)
+    place = None
+    if stopped:
+        vr, length = stopped[-1]
+        offset = buffer.tell() + (12 if vr in _LONG_VRS else 8)
+        place = PixelPlace(offset, None if length == UNDEFINED else length, data is not start)
+    syntax = str(_get(dataset.file_meta, "TransferSyntaxUID") or "")
+    return Header(source, dataset, place, syntax, dataset.original_encoding[1] in (True, None))
 
 
 def _inflated(data: bytes, limit: int) -> bytes:

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import io
-import zipfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import pydicom
@@ -40,7 +39,10 @@ _PREFERRED = {
     "1.2.840.10008.1.2.4.90": "pylibjpeg",
     "1.2.840.10008.1.2.4.91": "pylibjpeg",
 }
-"""The decoder of each transfer syntax where several are there: the one that refuses damaged data most reliably."""
+"""The decoder of each transfer syntax where several are there: the one that refuses damaged data most reliably.
+
+For JPEG 2000 that is imagecodecs too, and it is faster; where it is not installed, pylibjpeg.
+"""
 
 
 class _TooWideError(Exception):
@@ -85,15 +87,21 @@ def read_voxels(slices: Sequence[Slice], planes: Sequence[int], num_planes: int,
     raise AssertionError("float32 holds any value")
 
 
-def stored_pixels(slices: Sequence[Slice]) -> Iterator[tuple[Slice, NDArray[Any]]]:
+def stored_pixels(
+    slices: Sequence[Slice], room: Sequence[NDArray[Any]] | None = None
+) -> Iterator[tuple[Slice, NDArray[Any]]]:
     """Each slice of one file with its stored pixels `[y, x]`, in the order of its frames.
+
+    Args:
+        slices: Of one file.
+        room: For each slice an array `[y, x]` that may be used to read its pixels into, and is then their memory.
 
     Raises:
         ImageError: naming the file.
     """
     source = slices[0].source
     try:
-        yield from _encapsulated(slices) if _place(slices[0]).length is None else _native(slices)
+        yield from _encapsulated(slices) if _place(slices[0]).length is None else _native(slices, room)
     except ImageError as error:
         raise ImageError(f"cannot read '{source.shown}': {error}") from error
     except Exception as error:  # decoders raise anything on hostile bytes
@@ -128,9 +136,10 @@ def _fill(array: NDArray[Any], slices: Sequence[Slice], planes: Sequence[int]) -
 
     def decode(of_file: list[Slice]) -> list[tuple[float, float, int]]:
         facts = []
-        for one, stored in stored_pixels(of_file):
-            plane = array.T[plane_of[id(one)]]
-            facts.append((*_to_hounsfield(stored, one.rescale, plane), _count_padding(stored, one)))
+        targets = [array.T[plane_of[id(one)]] for one in of_file]
+        for (one, stored), plane in zip(stored_pixels(of_file, targets), targets, strict=True):
+            padding = _count_padding(stored, one)
+            facts.append((*_to_hounsfield(stored, one.rescale, plane), padding))
             release(plane)
         return facts
 
@@ -154,6 +163,8 @@ def _by_file(slices: Sequence[Slice]) -> list[list[Slice]]:
 
 def _to_hounsfield(stored: NDArray[Any], rescale: tuple[float, float], out: NDArray[Any]) -> tuple[float, float]:
     """Puts stored x slope + intercept into `out`, both `[y, x]`; the smallest and the largest of them.
+
+    `stored` may be the same memory as `out`.
 
     Raises:
         _TooWideError: if `out` is of integers that do not hold the result.
@@ -197,8 +208,8 @@ def _place(one: Slice) -> PixelPlace:
     return one.file.pixels
 
 
-def _native(slices: Sequence[Slice]) -> Iterator[tuple[Slice, NDArray[Any]]]:
-    """Uncompressed pixels, read where they lie."""
+def _native(slices: Sequence[Slice], room: Sequence[NDArray[Any]] | None) -> Iterator[tuple[Slice, NDArray[Any]]]:
+    """Uncompressed pixels, read where they lie and, if their type is as wide, straight to where they go."""
     first = slices[0]
     dtype = _stored_type(first)
     columns, rows = first.size
@@ -209,17 +220,18 @@ def _native(slices: Sequence[Slice]) -> Iterator[tuple[Slice, NDArray[Any]]]:
         fault = "truncated" if held < promised else "damaged header"
         raise ImageError(f"{fault}: {held} bytes of pixels, its header promises {promised}; copy it again")
     with _plain(first) as file:
-        for one in slices:
+        for index, one in enumerate(slices):
+            target = None if room is None else room[index]
+            if target is None or target.dtype.itemsize != dtype.itemsize:
+                target = np.empty((rows, columns), dtype)
             file.seek(_place(first).offset + (one.frame or 0) * frame_bytes)
-            data = file.read(frame_bytes)
-            if len(data) < frame_bytes:
+            if file.readinto(target.data.cast("B")) < frame_bytes:
                 raise ImageError("truncated: the file ends before its pixels do; copy it again from its source")
-            stored = np.frombuffer(data, dtype).reshape(rows, columns)
-            yield one, _significant(stored.astype(dtype.newbyteorder("="), copy=False), one)
+            yield one, _significant(target.view(dtype).astype(dtype.newbyteorder("="), copy=False), one)
         file.read(1)  # at the end of a member, an archive's checksum is looked at
 
 
-def _plain(one: Slice) -> IO[bytes] | zipfile.ZipExtFile:
+def _plain(one: Slice) -> io.BufferedIOBase:
     if _place(one).deflated:
         return io.BytesIO(read_bytes(one.source, MAX_FILE_BYTES))
     return one.source.open()
@@ -227,19 +239,20 @@ def _plain(one: Slice) -> IO[bytes] | zipfile.ZipExtFile:
 
 def _stored_type(one: Slice) -> np.dtype[Any]:
     allocated, signed = (integer(one.value(keyword)) for keyword in ("BitsAllocated", "PixelRepresentation"))
-    order = "<" if one.file.scanned.original_encoding[1] in (True, None) else ">"
+    order = "<" if one.file.little_endian else ">"
     return np.dtype(f"{order}{'i' if signed else 'u'}{(allocated or 16) // 8}")
 
 
 def _significant(stored: NDArray[Any], one: Slice) -> NDArray[Any]:
-    """The stored values without what lies in bits above or below them, e.g. overlays."""
+    """The stored values without what lies in bits above or below them, e.g. overlays; the same array if none do."""
     allocated = 8 * stored.dtype.itemsize
     bits = integer(one.value("BitsStored")) or allocated
     high = integer(one.value("HighBit"))
     high = bits - 1 if high is None else high
     if not 1 <= bits <= high + 1 <= allocated:
         raise ImageError(f"BitsStored {bits} and HighBit {high} do not fit {allocated} bits; the header is damaged")
-    if bits == allocated:
+    limit = 2**bits // (2 if stored.dtype.kind == "i" else 1)
+    if high == bits - 1 and stored.max() < limit and stored.min() >= limit - 2**bits:
         return stored
     shifted: NDArray[Any] = (stored << (allocated - 1 - high)) >> (allocated - bits)
     return shifted
@@ -249,6 +262,8 @@ def _encapsulated(slices: Sequence[Slice]) -> Iterator[tuple[Slice, NDArray[Any]
     """Compressed pixels, unpacked by pydicom's decoders."""
     from pydicom.encaps import generate_frames, get_frame
     from pydicom.pixels import get_decoder
+
+    from ctseg.io.dicom import jpeg2000
 
     first = slices[0]
     columns, rows = first.size
@@ -271,7 +286,8 @@ def _encapsulated(slices: Sequence[Slice]) -> Iterator[tuple[Slice, NDArray[Any]
             yield one, _significant(jpeg12.decode(frame, syntax, one.size).view(dtype.newbyteorder("=")), one)
         return
     decoder = get_decoder(syntax)
-    decoded = decoder.iter_array(dataset, indices=indices, raw=True, decoding_plugin=_PREFERRED.get(syntax, ""))
+    plugin = jpeg2000.NAME if jpeg2000.is_available(syntax) else _PREFERRED.get(syntax, "")
+    decoded = decoder.iter_array(dataset, indices=indices, raw=True, decoding_plugin=plugin)
     for one, (stored, _) in zip(slices, decoded, strict=True):
         if stored.shape != (rows, columns):
             raise ImageError(f"unpacked to {stored.shape[::-1]}, its header promises {columns} x {rows}; copy it again")
