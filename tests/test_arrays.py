@@ -9,10 +9,13 @@ import pytest
 import torch
 
 from ctseg import arrays
-from ctseg.arrays import HOST, as_asked, cut_box, device_of, release_array, strides_of, through_torch, to_device
+from ctseg.arrays import HOST, Array, as_asked, cut_box, device_of, release_array, strides_of, through_torch, to_device
 from ctseg.engine.fast import average, windows_to_refine
-from ctseg.engine.predict import scores_from_logits
+from ctseg.engine.model import Model
+from ctseg.engine.predict import scores_from_logits, window_logits
+from ctseg.engine.runtime import Runtime
 from ctseg.preprocess import prepare, restore, slabs_of
+from ctseg.recipe import Recipe
 from ctseg.scratch import new_array
 from ctseg.sources.phantom import centered_grid, make_phantom
 from ctseg.specs import Preprocess
@@ -27,9 +30,10 @@ class OnTorch:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for module in ("ctseg.preprocess", "ctseg.engine.predict", "ctseg.engine.fast"):
             monkeypatch.setattr(f"{module}.to_work_on", lambda values: values)
-        for module in ("ctseg.preprocess", "ctseg.engine.fast"):
+        for module in ("ctseg.preprocess", "ctseg.engine.predict", "ctseg.engine.fast"):
             monkeypatch.setattr(f"{module}.zeros", lambda shape, *_: torch.zeros(shape))
-        monkeypatch.setattr("ctseg.preprocess.to_device", lambda values, _: torch.from_numpy(values.copy()))
+        for module in ("ctseg.preprocess", "ctseg.engine.predict"):
+            monkeypatch.setattr(f"{module}.to_device", lambda values, _: torch.from_numpy(values.copy()))
 
 
 @pytest.fixture
@@ -69,6 +73,28 @@ def test_the_same_windows_are_refined(channels: int, monkeypatch) -> None:
     assert windows_to_refine(tensor, done, others, (8, 16, 16)) == ours
     average(tensor, [*done, *others], (8, 16, 16))
     np.testing.assert_allclose(tensor.numpy(), averaged, rtol=1e-6)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_the_network_is_given_the_arrays_that_it_was_made_for(tiny_recipe: Recipe, fast: bool, monkeypatch) -> None:
+    """Tensors on a GPU and in a process with torch, NumPy's arrays without."""
+    image = np.random.default_rng(2).random((30, 20, 18), dtype=np.float32)
+    seen: list[type] = []
+
+    def forward(image_BCXYZ: Array) -> Array:
+        seen.append(type(image_BCXYZ))
+        return image_BCXYZ * 8 - 4
+
+    model = Model(tiny_recipe, forward, Runtime(HOST), Path("model.pt"), "")
+    ours = window_logits(model, image, tiny_recipe.inference, fast=fast)
+    theirs = window_logits(model, torch.from_numpy(image), tiny_recipe.inference, fast=fast)
+    OnTorch(monkeypatch)
+    on_gpu = window_logits(model, torch.from_numpy(image), tiny_recipe.inference, fast=fast)
+    assert set(map(type, (theirs, on_gpu))) == {torch.Tensor}
+    np.testing.assert_allclose(theirs.numpy(), ours, rtol=1e-6)
+    np.testing.assert_allclose(on_gpu.numpy(), ours, rtol=1e-6)
+    calls = len(seen) // 3
+    assert seen == [np.ndarray] * calls + [torch.Tensor] * 2 * calls
 
 
 def test_scores_of_several_classes_are_their_softmax() -> None:

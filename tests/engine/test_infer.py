@@ -146,7 +146,7 @@ def test_too_little_memory_for_one_ct_leaves_the_others(tiny_model, jobs, tmp_pa
             raise error
         return prepare(*arguments)
 
-    monkeypatch.setattr("ctseg.engine.predict.prepare", sometimes)
+    monkeypatch.setattr("ctseg.engine.ladder.prepare", sometimes)
     outcomes = infer(tiny_model, jobs, tmp_path / "out", Silent())
     assert statuses(outcomes) == ["done", "failed", "done"]
     assert "not enough memory on cpu" in outcomes[1].error

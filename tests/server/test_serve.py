@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 import requests
+import torch
 from fastapi import FastAPI
 
 from ctseg.engine.export import export
-from ctseg.engine.runtime import start_runtime
+from ctseg.engine.runtime import Runtime
 from ctseg.errors import CtsegError
 from ctseg.server.run import Tls, open_socket, run
 
@@ -72,7 +73,7 @@ def test_it_serves_and_ends_in_order(serve: Callable[..., Any], studies: Path, t
 def test_an_exported_click_model_under_another_name_of_the_server(
     serve: Callable[..., Any], studies: Path, models: list[Path], tmp_path: Path
 ) -> None:
-    exported = export(models[1], "torchscript", tmp_path / "clicks.ts", start_runtime("cpu", "float32")).path
+    exported = export(models[1], "torchscript", tmp_path / "clicks.ts", Runtime(torch.device("cpu"))).path
     _, url = serve(studies, "--model", str(exported), "--allow-host", "ct.hospital.example")
     assert requests.get(f"{url}/info/", headers={"Host": "ct.hospital.example"}, timeout=30).status_code == 200
     assert requests.get(f"{url}/info/", headers={"Host": "ct.stranger.example"}, timeout=30).status_code == 400

@@ -63,6 +63,12 @@ def read_entry(key: str) -> Entry | None:
     return entry
 
 
+def has_entry(key: str) -> bool:
+    """Whether there is such an entry; only `read_entry` finds out whether it can be trusted."""
+    folder = cache_folder()
+    return folder is not None and (folder / f"{key}{SUFFIX}").is_file()
+
+
 def write_entry(key: str, entry: Entry) -> None:
     """Keeps the entry if it can be kept, and removes what the cache has no more room for."""
     folder = cache_folder(create=True)

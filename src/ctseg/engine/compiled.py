@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import ctseg
 from ctseg.arrays import Array
 from ctseg.engine.backends import Backend, Forward
-from ctseg.engine.cache import Entry, cache_key, can_keep, read_entry, write_entry
+from ctseg.engine.cache import Entry, cache_key, can_keep, has_entry, read_entry, write_entry
 from ctseg.engine.process import cpu_has_bfloat16, cpu_kind
 from ctseg.engine.runtime import Runtime, memory_errors
 from ctseg.errors import DeviceError, NotEnoughMemory
@@ -97,7 +97,7 @@ def ready_without_torch(sha256: str, runtime: Runtime, backend: str) -> bool:
         backend = _remembered(_choice_key(sha256, others, runtime), others) or "torch"
     if backend == "torch" or backend not in BACKENDS or not is_installed(backend):
         return False
-    return read_entry(cache_key(_facts(sha256, runtime, [backend]))) is not None
+    return has_entry(cache_key(_facts(sha256, runtime, [backend])))
 
 
 def recipe_of(sha256: str, source: Callable[[], Recipe]) -> Recipe:

@@ -167,10 +167,10 @@ def show_windows(progress: Progress, name: str, stop: Callable[[], None] = lambd
 
     def on_window(done: int, total: int) -> None:
         nonlocal known
-        if total > known:
+        if total > known or done == 1:  # or they begin anew, on another device
             if known:
                 progress.finish()
-            progress.start(name, total - known)
+            progress.start(name, total - done + 1)
             known = total
         progress.advance()
         stop()
@@ -203,7 +203,15 @@ def _segment(
     with _case_errors(work, model.runtime.device), show_windows(progress, name, stop) as on_window:
         take = partial(work.take_volume, keep=keep)
         placement = work.placement
-        work.mask = predict_taken(model, take, on_window, clock=work.clock, placement=placement, fast=options.fast)
+        work.mask = predict_taken(
+            model,
+            take,
+            on_window,
+            clock=work.clock,
+            placement=placement,
+            fast=options.fast,
+            note=lambda told: progress.note(f"{name}: {told}"),
+        )
     return work
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from ctseg.engine.backends import Forward as Forward
 from ctseg.engine.backends.onnx import forward_of_session, open_session
 from ctseg.engine.checkpoint import file_sha256, read_checkpoint
 from ctseg.engine.compiled import check_backend, compiled_network, ready_without_torch, recipe_of
-from ctseg.engine.runtime import Runtime, may_have_gpu, running, start_on_host
+from ctseg.engine.runtime import Runtime, may_have_gpu, running, start_on_host, start_runtime
 from ctseg.errors import DeviceError, ModelError
 from ctseg.recipe import RECIPE_ENTRY, Recipe, recipe_from_dict
 from ctseg.specs import UNetSpec
@@ -35,6 +36,8 @@ class Model:
     path: Path
     sha256: str
     backend: str = "torch"
+    on_cpu: Callable[[], Model] | None = None
+    """The same on the CPU, for a CT that a GPU has no memory for."""
 
 
 def load_model(
@@ -73,7 +76,10 @@ def load_model(
         found = compiled_network(sha256, lambda: load_network(path), runtime, backend or own, note)
         return Model(found.recipe, found.forward, runtime, path, sha256, found.backend)
     recipe, forward = reader(path, runtime)
-    return Model(recipe, forward, runtime, path, sha256, own)
+    if runtime.device.type == "cpu":
+        return Model(recipe, forward, runtime, path, sha256, own)
+    on_cpu = functools.cache(lambda: load_model(path, start_runtime("cpu", alone=True), note=note))
+    return Model(recipe, forward, runtime, path, sha256, own, on_cpu)
 
 
 @contextmanager

@@ -30,9 +30,10 @@ from ctseg.arrays import (
 )
 from ctseg.engine.clock import Clock
 from ctseg.engine.fast import Start, average, covering, windows_to_refine
+from ctseg.engine.ladder import logits_within_memory, prepared_within_memory
 from ctseg.engine.model import Model
 from ctseg.engine.runtime import memory_errors
-from ctseg.preprocess import prepare, restore, slabs_of
+from ctseg.preprocess import restore, slabs_of
 from ctseg.specs import Inference
 from ctseg.volume import Volume
 
@@ -91,17 +92,25 @@ def predict_taken(
     clock: Clock | None = None,
     placement: Placement = IN_MEMORY,
     fast: bool = False,
+    note: Callable[[str], None] = lambda _: None,
 ) -> NDArray[np.uint8]:
-    """As `predict`, of the CT that `take` gives: unless somebody else holds it, its memory is free once prepared."""
+    """As `predict`, of the CT that `take` gives: unless somebody else holds it, its memory is free once prepared.
+
+    `note` is told where a GPU has too little memory and what is done instead, see `ctseg.engine.ladder`.
+    """
     volume, clock, device = take(), clock or Clock(), model.runtime.device
     size = "x".join(map(str, volume.geometry.size))
     with memory_errors(f"a CT of {size} voxels", device):
         with clock.stage("prepare", device):
-            prepared = prepare(volume, model.recipe.preprocess, device, placement.grids)
+            prepared = prepared_within_memory(model, volume, placement.grids, note)
             del volume
         with clock.stage("network", device):
             inference = model.recipe.inference
-            logits = window_logits(model, prepared.image_XYZ, inference, on_window, placement.grids, fast=fast)
+
+            def run(on: Model, image_XYZ: Array) -> Array:
+                return window_logits(on, image_XYZ, inference, on_window, placement.grids, fast=fast)
+
+            logits = logits_within_memory(model, prepared.image_XYZ, run, note)
         prepared = replace(prepared, image_XYZ=logits[0, :0])  # makes room for the mask
         with clock.stage("restore", device):
             return restore(scores_from_logits(logits), prepared, placement.volumes)
@@ -138,8 +147,9 @@ def window_logits(
     the image's order in memory. On the CPU the logits lie on the disk of `scratch`, if it is given. `fast` leaves out
     windows that would hardly change the mask.
     """
-    asked, image_XYZ = device_of(image_XYZ), to_work_on(image_XYZ)
-    forward = model.forward if asked is device_of(image_XYZ) else through_torch(model.forward)
+    given, image_XYZ = image_XYZ, to_work_on(image_XYZ)
+    asked = device_of(given)
+    forward = model.forward if image_XYZ is given else through_torch(model.forward)
     xp = array_namespace(image_XYZ)
     shape, window = _size(image_XYZ.shape), inference.window_size
     starts = list(window_starts(_size(map(max, shape, window)), window, inference.overlap))
