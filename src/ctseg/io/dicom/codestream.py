@@ -10,6 +10,7 @@ from ctseg.errors import ImageError
 _FRAME_HEADERS = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}
 """Start of frame: every kind of JPEG, and JPEG-LS; without tables and extensions between them."""
 _HUFFMAN_TABLES = 0xC4
+_JFIF = 0xE0
 _OTHER_SEGMENTS = {_HUFFMAN_TABLES, 0xCC, 0xDB, 0xDD, 0xF8, 0xFE, *range(0xE0, 0xF0)}
 """What else may come before the first scan: tables, restart interval, JPEG-LS parameters, comments, applications."""
 _SCAN = 0xDA
@@ -68,6 +69,8 @@ def _jpeg_frame(data: bytes) -> tuple[tuple[int, int], int, int]:
             return (columns, rows), frame[5], frame[0]
         if marker in _FRAME_HEADERS and not frame and len(segment) >= 6 and len(segment) == 6 + 3 * segment[5]:
             frame = segment
+        elif marker == _JFIF and segment[:5] == b"JFIF\0" and segment[5:6] != b"\x01":
+            break  # GDCM ends the process over another version
         elif marker not in _OTHER_SEGMENTS or (marker == _HUFFMAN_TABLES and not _are_tables(segment)):
             break
     raise ImageError("the markers of its JPEG are damaged; copy it again from its source")
@@ -78,7 +81,18 @@ def _are_tables(segment: bytes) -> bool:
     place = 0
     while place < len(segment):
         counts = segment[place + 1 : place + 17]
-        if segment[place] & 0xEC or sum(counts) > 256:
+        if segment[place] & 0xEC or sum(counts) > 256 or not _are_codes(counts):
             return False
         place += 17 + sum(counts)
     return place == len(segment)
+
+
+def _are_codes(counts: bytes) -> bool:
+    """True if so many codes of 1, 2, ... 16 bits exist."""
+    code = 0
+    for length, count in enumerate(counts, start=1):
+        code += count
+        if code > 1 << length:
+            return False
+        code <<= 1
+    return True
