@@ -1,6 +1,7 @@
 """Peak memory of `ctseg infer` on large made CTs, with and without a limit, against what was planned.
 
-    python benchmarks/memory.py --model runs/spleen-001 [--slices 400 1000 2000] [--limit none 1.5G 1G] [--folder DIR]
+    python benchmarks/memory.py --model runs/spleen-001 [--slices 400 1000 2000] [--limit none 1.5G 1G]
+        [--backend torch] [--folder DIR]
 
 Each run is a fresh process; its peak is the kernel's own account. One line for each CT and limit: the way that was
 planned, planned and measured memory and seconds, and whether the mask is that of the first limit. CTs of 512 x 512
@@ -50,10 +51,11 @@ def make_cts(folder: Path, slices: list[int]) -> dict[int, Path]:
     return paths
 
 
-def measure(model: str, volume: Path, limit: str, output: Path) -> dict[str, Any]:
+def measure(model: str, backend: str, volume: Path, limit: str, output: Path) -> dict[str, Any]:
     """What `--dry-run` said, what it took, and a digest of the mask."""
     command = [sys.executable, "-m", "ctseg", "infer", str(volume), "--model", model, "--output", str(output)]
-    command += ["--device", "cpu", "--quiet"] + ([] if limit == "none" else ["--max-memory", limit])
+    command += ["--device", "cpu", "--backend", backend, "--quiet"]
+    command += [] if limit == "none" else ["--max-memory", limit]
     said = subprocess.run([*command, "--dry-run", "--json"], capture_output=True, text=True, check=False)
     if said.returncode == 2:
         raise RuntimeError(said.stderr)
@@ -77,6 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--slices", type=int, nargs="+", default=[400, 1000, 2000])
+    parser.add_argument("--backend", default="auto", help="as for `ctseg infer`")
     parser.add_argument("--limit", nargs="+", default=["none", "1.5G", "1G"])
     parser.add_argument("--folder", type=Path)
     options = parser.parse_args()
@@ -89,7 +92,7 @@ def main() -> None:
             first = None
             for limit in options.limit:
                 with tempfile.TemporaryDirectory(dir=folder) as output:
-                    row = measure(options.model, path, limit, Path(output) / "masks")
+                    row = measure(options.model, options.backend, path, limit, Path(output) / "masks")
                 mask = row.pop("mask", None)
                 first = first or mask
                 cells = "  ".join(f"{k} {v:.1f}" if isinstance(v, float) else str(v) for k, v in row.items())

@@ -215,7 +215,7 @@ def restore(scores_CXYZ: Array, prepared: Prepared, scratch: Path | None = None)
         targets.append(slice(start, stop))
     cropped = scores_CXYZ[..., crops[0], crops[1], crops[2]]
     by_memory = array_namespace(cropped).permute_dims(cropped, (0, *(1 + order[axis][0] for axis in (2, 1, 0))))
-    if isinstance(by_memory, np.ndarray) and abs(by_memory.strides[1]) < max(by_memory.strides[2:], default=0):
+    if isinstance(by_memory, np.ndarray) and by_memory.strides[1] < max(by_memory.strides[2:]):
         by_memory = np.ascontiguousarray(by_memory)  # slabs of it are read one after another
     target = labels.transpose(2, 1, 0)[tuple(targets)]
     for start, decided in _decided_slabs(by_memory, taps):

@@ -10,9 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from ctseg.arrays import HOST, Array, array_namespace, as_asked, to_device, to_numpy
+from ctseg.arrays import HOST, Array, array_namespace, as_asked, device_of, to_device, to_numpy
 from ctseg.engine.backends import Forward
 from ctseg.engine.model import Model
 from ctseg.preprocess import Prepared, prepare
@@ -45,7 +43,7 @@ def logits_within_memory(model: Model, image_XYZ: Array, logits: Logits, note: N
         return logits(model, image_XYZ)
     fewer = replace(model, forward=halving(model.forward, device, note))
     on_host = replace(fewer, forward=across(fewer.forward, device))
-    if not _is_on_host(image_XYZ):
+    if device_of(image_XYZ) is not HOST:
         try:
             return logits(fewer, image_XYZ)
         except _out_of_memory():
@@ -85,10 +83,6 @@ def halving(forward: Forward, device: torch.device, note: Note) -> Forward:
 def across(forward: Forward, device: torch.device) -> Forward:
     """`forward` of the device for arrays of the host."""
     return lambda image_BCXYZ: to_numpy(forward(to_device(image_BCXYZ, device)))
-
-
-def _is_on_host(values: Array) -> bool:
-    return isinstance(values, np.ndarray)
 
 
 def _out_of_memory() -> type[Exception]:

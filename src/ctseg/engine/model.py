@@ -71,7 +71,7 @@ def load_model(
         check_backend(backend or own, runtime)
     elif backend not in (None, "auto", own):
         raise DeviceError(f"backend '{backend}': a {path.suffix} file runs on {own} only; name its checkpoint")
-    sha256 = file_sha256(path)
+    sha256 = _sha256(path)
     if path.suffix == ".pt" and runtime.device.type == "cpu":
         found = compiled_network(sha256, lambda: load_network(path), runtime, backend or own, note)
         return Model(found.recipe, found.forward, runtime, path, sha256, found.backend)
@@ -118,7 +118,21 @@ def _ready_host(path: Path, device: str, precision: str, backend: str | None, *,
     if path.suffix != ".pt" or backend in (None, "torch"):
         return None
     host = start_on_host(precision, fast=fast and fast_in_bfloat16(path, backend))
-    return host if ready_without_torch(file_sha256(path), host, backend) else None
+    return host if ready_without_torch(_sha256(path), host, backend) else None
+
+
+def _sha256(path: Path) -> str:
+    """As `file_sha256`, computed once while the file stays as it is: a start asks for it several times."""
+    try:
+        status = path.stat()
+    except OSError:
+        return file_sha256(path)
+    return _sha256_of_version(path, (status.st_ino, status.st_mtime_ns, status.st_size))
+
+
+@functools.lru_cache(maxsize=8)
+def _sha256_of_version(path: Path, _: tuple[int, int, int]) -> str:
+    return file_sha256(path)
 
 
 def fast_in_bfloat16(path: Path, backend: str | None = None) -> bool:
@@ -132,7 +146,7 @@ def fast_in_bfloat16(path: Path, backend: str | None = None) -> bool:
     if path.suffix != ".pt" or backend == "onnxruntime":
         return False
     recipe = recipe_of(
-        file_sha256(path), lambda: recipe_from_dict(read_checkpoint(path).get("recipe"), f"recipe inside '{path}'")
+        _sha256(path), lambda: recipe_from_dict(read_checkpoint(path).get("recipe"), f"recipe inside '{path}'")
     )
     return isinstance(recipe.network, UNetSpec)
 

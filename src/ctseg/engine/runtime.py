@@ -11,7 +11,7 @@ import os
 import re
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -84,8 +84,6 @@ class Runtime:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context in which the network runs."""
-        if self.device is HOST:
-            return nullcontext()
         import torch
 
         return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
