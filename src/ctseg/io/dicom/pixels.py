@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pydicom.uid import RLELossless
 
 from ctseg.errors import ImageError
-from ctseg.io.dicom import jpeg12
+from ctseg.io.dicom import jpeg12, jpeg_lossless
 from ctseg.io.dicom.codestream import check_codestream
 from ctseg.io.dicom.frames import integer
 from ctseg.io.dicom.headers import MAX_FILE_BYTES, PixelPlace, read_bytes, reason
@@ -273,10 +273,12 @@ def _encapsulated(slices: Sequence[Slice]) -> Iterator[tuple[Slice, NDArray[Any]
     dataset = pydicom.dcmread(io.BytesIO(read_bytes(first.source, min(limit, MAX_FILE_BYTES))), force=True)
     syntax = dataset.file_meta.TransferSyntaxUID
     bits: set[int] = set()
+    simple = syntax in jpeg_lossless.SYNTAXES
     if syntax != RLELossless:
         allocated = 8 * dtype.itemsize
-        packed = generate_frames(dataset.PixelData, number_of_frames=frames)
-        bits = {check_codestream(frame, first.size, allocated) for frame in packed}
+        for frame in generate_frames(dataset.PixelData, number_of_frames=frames):
+            bits.add(check_codestream(frame, first.size, allocated))
+            simple = simple and jpeg_lossless.is_simple(frame)
     indices = [one.frame or 0 for one in slices]
     if syntax in jpeg12.SYNTAXES and bits != {8}:
         if bits != {12}:
@@ -284,6 +286,11 @@ def _encapsulated(slices: Sequence[Slice]) -> Iterator[tuple[Slice, NDArray[Any]
         for one, index in zip(slices, indices, strict=True):
             frame = get_frame(dataset.PixelData, index, number_of_frames=frames)
             yield one, _significant(jpeg12.decode(frame, syntax, one.size).view(dtype.newbyteorder("=")), one)
+        return
+    if simple:
+        for one, index in zip(slices, indices, strict=True):
+            frame = get_frame(dataset.PixelData, index, number_of_frames=frames)
+            yield one, _significant(jpeg_lossless.decode(frame, one.size).view(dtype.newbyteorder("=")), one)
         return
     decoder = get_decoder(syntax)
     plugin = jpeg2000.NAME if jpeg2000.is_available(syntax) else _PREFERRED.get(syntax, "")
