@@ -140,7 +140,7 @@ DEEPGROW = Recipe(
         epochs=200, batch_cases=1, validation_interval_epochs=10, validation_overlap=0.0, amp=False, seed=0
     ),
     inference=Inference(window_size=(128, 128, 128), overlap=0.0, batch_windows=1),
-    clicks=ClicksSpec(num_clicks=15, sigma_voxels=2.0, margin_voxels=20, min_voxels=8),
+    clicks=ClicksSpec(num_clicks=15, sigma_voxels=2.0, margin_voxels=20, min_voxels=8, partial_fraction=0.5),
 )
 
 

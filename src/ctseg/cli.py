@@ -1,42 +1,28 @@
 """The command line: registers the commands, and is the only place where errors become exit codes.
 
-Nothing here or in `ctseg.commands` imports torch, monai or SimpleITK at module level: help and every wrong argument
-are answered at once.
+Nothing here or in `ctseg.commands` imports torch, monai or SimpleITK at module level, and a command imports no other's
+module: help and every wrong argument are answered at once.
 """
 
 from __future__ import annotations
 
 import errno
+import functools
+import importlib
 import io
 import os
 import signal
 import sys
 import threading
-from typing import Annotated
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
 
 import typer
+import typer.main
+from typer.core import TyperGroup
 
 import ctseg
 from ctseg import slurm
-from ctseg.commands.annotate import annotate
-from ctseg.commands.convert import convert
-from ctseg.commands.demo import demo
-from ctseg.commands.dicom import dicom
-from ctseg.commands.doctor import doctor
-from ctseg.commands.download import download
-from ctseg.commands.export import export
-from ctseg.commands.finetune import finetune
-from ctseg.commands.import_bundle import import_bundle_command
-from ctseg.commands.import_mmar import import_mmar_command
-from ctseg.commands.infer import infer
-from ctseg.commands.labels import labels
-from ctseg.commands.prepare_dataset import prepare_dataset
-from ctseg.commands.recipes import recipes
-from ctseg.commands.serve import serve
-from ctseg.commands.slurm import ARGUMENTS_OF_ANOTHER
-from ctseg.commands.slurm import slurm as slurm_command
-from ctseg.commands.train import train
-from ctseg.commands.validate import validate
 from ctseg.errors import CtsegError, Stopped
 from ctseg.progress import printable
 
@@ -55,35 +41,70 @@ UNREACHABLE = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ESTALE)
 INTERRUPTED = 130
 """As in shells: 128 + SIGINT; typer returns it too."""
 
+COMMANDS = {
+    "recipes": "recipes:recipes",
+    "download": "download:download",
+    "convert": "convert:convert",
+    "labels": "labels:labels",
+    "prepare-dataset": "prepare_dataset:prepare_dataset",
+    "train": "train:train",
+    "finetune": "finetune:finetune",
+    "validate": "validate:validate",
+    "infer": "infer:infer",
+    "annotate": "annotate:annotate",
+    "export": "export:export",
+    "serve": "serve:serve",
+    "doctor": "doctor:doctor",
+    "demo": "demo:demo",
+    "dicom": "dicom:dicom",
+    "import-mmar": "import_mmar:import_mmar_command",
+    "import-bundle": "import_bundle:import_bundle_command",
+    "slurm": "slurm:slurm",
+}
+"""Names in the order of the help: the module of `ctseg.commands`, and what in it is the command."""
+
+
+class Commands(Mapping[str, Any]):
+    """The commands by name; the module of one is imported when it is looked up."""
+
+    def __getitem__(self, name: str) -> Any:
+        return _command(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(COMMANDS)
+
+    def __len__(self) -> int:
+        return len(COMMANDS)
+
+
+@functools.cache
+def _command(name: str) -> Any:
+    module_name, _, attribute = COMMANDS[name].partition(":")
+    module = importlib.import_module(f"ctseg.commands.{module_name}")
+    command = getattr(module, attribute)
+    if not isinstance(command, typer.Typer):
+        alone = typer.Typer(add_completion=False, rich_markup_mode=None)
+        alone.command(name, context_settings=getattr(module, "CONTEXT_SETTINGS", None))(command)
+        command = alone
+    return typer.main.get_command(command)
+
+
+class Group(TyperGroup):
+    """`ctseg` itself, with the commands above."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**{**attributes, "commands": Commands()})
+
+
 app = typer.Typer(
     name="ctseg",
+    cls=Group,
     help="CT segmentation from the shell: train, validate, apply and export 3D networks.",
     epilog=EPILOG,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-for command in (
-    recipes,
-    download,
-    convert,
-    labels,
-    prepare_dataset,
-    train,
-    finetune,
-    validate,
-    infer,
-    annotate,
-    export,
-    serve,
-    doctor,
-    demo,
-):
-    app.command()(command)
-app.add_typer(dicom)
-app.command("import-mmar")(import_mmar_command)
-app.command("import-bundle")(import_bundle_command)
-app.command("slurm", context_settings=ARGUMENTS_OF_ANOTHER)(slurm_command)
 
 
 def _print_version(wanted: bool) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ctseg.arrays import cut_box
-from ctseg.regions import Region, inside, region_size
+from ctseg.regions import Region, inside, region_around, region_size
 from ctseg.specs import Augmentation, Sampling
 
 ORDER, PATCHES, NETWORK, CLICKS, VALIDATION_CLICKS = range(5)
@@ -34,12 +34,14 @@ class Organ:
         value: In the case's label map.
         low, high: The corners of its box, in voxels.
         margin: Voxels around it that a patch which does not hold it is grown by.
+        partial_fraction: Share of patches that need not hold all of it.
     """
 
     value: int
     low: Start
     high: Start
     margin: int
+    partial_fraction: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,11 +153,13 @@ def draw_start(case: CaseArrays, sampling: Sampling, rng: np.random.Generator) -
 
 
 def draw_region(case: CaseArrays, organ: Organ, sampling: Sampling, rng: np.random.Generator) -> Region:
-    """A region that holds the whole organ, around one of its voxels as nearly as that allows."""
+    """A region around one of the organ's voxels: of a patch's size, or moved and grown to hold the whole organ."""
     shape = _triple(case.host_label.shape)
-    size = region_size(organ.low, organ.high, sampling.patch_size, organ.margin)
     flat = int(case.foreground[rng.integers(len(case.foreground))])
-    centre = np.unravel_index(flat, shape)
+    centre = _triple(int(n) for n in np.unravel_index(flat, shape))
+    if rng.random() < organ.partial_fraction:
+        return region_around(centre, centre, shape, sampling.patch_size, 0)
+    size = region_size(organ.low, organ.high, sampling.patch_size, organ.margin)
     start = [
         int(min(max(c - n // 2, last + 1 - n), first))
         for c, n, first, last in zip(centre, size, organ.low, organ.high, strict=True)

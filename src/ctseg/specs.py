@@ -311,3 +311,5 @@ class ClicksSpec:
     """Around clicks and organs that do not fit a window together: the window then holds them and this, shrunk."""
     min_voxels: Count
     """Smaller organs, in 2D smaller sections of them, are not trained or validated on."""
+    partial_fraction: Probability = 0.0
+    """Share of patches that are as a first click shows them, around a voxel of the organ; the others hold all of it."""

@@ -120,7 +120,7 @@ ORGANS = {"1": "spleen", "2": "right kidney", "3": "left kidney", "5": "liver", 
 
 @pytest.mark.slow
 def test_clicks_learn_the_organs_of_one_real_case(real_data: Path, tmp_path: Path) -> None:
-    """Five organs of one CT, seen in training: Dice of at least 0.85 after 15 clicks, and more than after one."""
+    """Five organs of one CT, seen in training: 0.916 was measured after 15 clicks, 0.821 after one."""
     folder = real_data / "totalsegmentator_example"
     label = read_labels(folder / "example_seg.nii.gz")
     kept = np.where(np.isin(label.array, [int(value) for value in ORGANS]), label.array, 0).astype(np.uint8)
@@ -134,5 +134,5 @@ def test_clicks_learn_the_organs_of_one_real_case(real_data: Path, tmp_path: Pat
     assert {score.organ for score in evaluation.scores} == set(ORGANS.values())
     assert evaluation.overall is not None
     dice = evaluation.overall.mean_dice
-    assert dice[14] >= 0.85, dice
+    assert dice[14] >= 0.88, dice
     assert dice[14] > dice[0]

@@ -22,6 +22,7 @@ FLAT = [
     "sampling.patch_size=[32,32,1]",
     "inference.window_size=[32,32,1]",
     "clicks.min_voxels=5",
+    "clicks.partial_fraction=0",
 ]
 
 
@@ -75,7 +76,7 @@ def test_each_organ_of_each_case_is_a_sample(organs: Manifest, samples: list[Cas
 
 
 def test_a_patch_holds_its_whole_organ_and_no_other(organs, root: Path, clicks_recipe: Recipe, changed) -> None:
-    recipe = changed(clicks_recipe, clicks={"margin_voxels": 4})
+    recipe = changed(clicks_recipe, clicks={"margin_voxels": 4, "partial_fraction": 0.0})
     samples = open_samples(organs.split("training"), root, recipe, organs.labels, CPU)
     numbers = list(range(len(samples)))
     shrunk = 0
@@ -92,6 +93,26 @@ def test_a_patch_holds_its_whole_organ_and_no_other(organs, root: Path, clicks_r
                 scale = np.prod(draw.size) / patch.numel()
                 assert int(patch.sum()) * scale == pytest.approx(voxels, rel=0.3)
     assert 0 < shrunk < 75, "some organs do not fit, some do"
+
+
+def test_a_patch_may_be_what_a_first_click_shows(organs, root: Path, clicks_recipe: Recipe, changed) -> None:
+    """Of the window's size at the network's spacing, with one of the organ's voxels in its middle."""
+    recipe = changed(clicks_recipe, clicks={"partial_fraction": 1.0})
+    samples = open_samples(organs.split("training"), root, recipe, organs.labels, CPU)
+    cut = 0
+    for epoch in range(5):
+        draws = draw_step(samples, list(range(len(samples))), recipe.sampling, recipe.augmentation, 0, (epoch, 0))
+        _, label = cut_batch(samples, draws, recipe.sampling, CPU)
+        for draw, sample, patch in zip(draws, samples, label, strict=True):
+            assert draw.size is None
+            shape, half = np.array(sample.host_label.shape), np.array(recipe.sampling.patch_size) // 2
+            centres = np.stack(np.unravel_index(sample.foreground, shape), axis=1)
+            room = shape - 2 * half
+            starts = np.where(room >= 0, np.clip(centres - half, 0, np.maximum(room, 0)), -(-room // 2))
+            assert (np.array(draw.start) == starts).all(axis=1).any()
+            assert 0 < int(patch.sum()) <= len(sample.foreground)
+            cut += int(patch.sum()) < len(sample.foreground)
+    assert cut > 10
 
 
 def test_patches_lie_around_the_organ_in_varied_places(samples: list[CaseArrays], clicks_recipe: Recipe) -> None:

@@ -24,7 +24,7 @@ from ctseg.sbatch import Expand, Resources, Work, check_resources, script
 from ctseg.sources.catalogue import is_made
 from ctseg.workspace import RECIPE_FILE, new_run, resolve_model
 
-ARGUMENTS_OF_ANOTHER = {"allow_extra_args": True, "ignore_unknown_options": True}
+CONTEXT_SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 """Whatever `ctseg slurm` does not know itself belongs to the command that the job runs."""
 COMMANDS = ("train", "finetune", "validate", "infer")
 STARTS_ONLY = ("manifest", "data", "weights", "new_head", "resume", "output")

@@ -86,4 +86,5 @@ def _organs(sections: list[list[int]], recipe: Recipe) -> Iterator[tuple[Organ, 
         value, z, start, stop, low_x, high_x, low_y, high_y = zip(*group, strict=True)
         if stop[-1] - start[0] >= recipe.clicks.min_voxels:
             low, high = (min(low_x), min(low_y), min(z)), (max(high_x), max(high_y), max(z))
-            yield Organ(value[0], low, high, recipe.clicks.margin_voxels), slice(start[0], stop[-1])
+            organ = Organ(value[0], low, high, recipe.clicks.margin_voxels, recipe.clicks.partial_fraction)
+            yield organ, slice(start[0], stop[-1])
