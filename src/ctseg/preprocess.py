@@ -293,16 +293,29 @@ def _reach(taps: Taps, first: int, last: int) -> tuple[int, int]:
 
 def _resampled_slabs(source: Array, taps: list[Taps], device: torch.device) -> Iterator[tuple[int, Array]]:
     """Pieces (start, float32 values) of `source` sampled by `taps`, along axis 0; parts that were read are released."""
-    plane = max(source.shape[1] * source.shape[2], len(taps[1]) * len(taps[2]))
+    within_first = _makes_fewer_values_within_first(source.shape, [len(t) for t in taps])
+    plane = len(taps[1]) * len(taps[2])
+    if not within_first:
+        plane = max(plane, math.prod(source.shape[1:]))
     depth = max(1, SLAB_VOXELS // plane)
     for start in range(0, len(taps[0]), depth):
         part = taps[0].part(start, min(start + depth, len(taps[0])))
         first, last = int(part.low.min()), int(part.high.max())
         stored = source[first : last + 1]
         values = to_device(stored, device) if isinstance(stored, np.ndarray) else stored
-        slab = part.shifted(first).apply(values, 0)
+        along = [part.shifted(first), taps[1], taps[2]]
+        for axis in (1, 2, 0) if within_first else (0, 1, 2):
+            values = along[axis].apply(values, axis)
         release_array(stored)
-        yield start, taps[2].apply(taps[1].apply(slab, 1), 2)
+        yield start, values
+
+
+def _makes_fewer_values_within_first(shape: tuple[int, ...], sizes: list[int]) -> bool:
+    """Whether sampling the two axes of each plane before the axis across them makes fewer values on the way."""
+    planes, rows, columns = shape
+    to_planes, to_rows, to_columns = sizes
+    within = to_rows * columns + to_rows * to_columns
+    return planes * within + to_planes * to_rows * to_columns < to_planes * (rows * columns + within)
 
 
 def _line(source: Geometry, grid: Geometry, axis: int) -> tuple[float, float]:

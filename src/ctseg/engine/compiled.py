@@ -11,6 +11,7 @@ import importlib.metadata
 import importlib.util
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -155,25 +156,42 @@ def _facts(sha256: str, runtime: Runtime, names: list[str]) -> dict[str, Any]:
 
 
 def _open(sha256: str, folded: Source, runtime: Runtime, name: str) -> Compiled:
-    """The network on the backend, from the cache if that has a whole one, else compiled and kept."""
+    """The network on the backend, from the cache if that has it, else compiled and kept.
+
+    One in the cache is loaded while the caller goes on, and its first window waits for that; if it turns out to be
+    damaged, it is compiled anew.
+    """
     key = cache_key(_facts(sha256, runtime, [name]))
-    kept = read_entry(key)
-    if kept is not None:
-        try:
-            return _load(kept, runtime, name)
-        except Exception:  # whatever libraries raise about what another version of them wrote; it is made anew
-            pass
-    recipe, network = folded()
-    with memory_errors(f"the network of {recipe.name}", runtime.device):
-        content = _module(name).compile_network(network, recipe.inference.window_size, runtime)
-    entry = Entry({"recipe": recipe.to_dict(), "backend": name}, content)
-    write_entry(key, entry)
-    return _load(entry, runtime, name)
+
+    def made() -> Compiled:
+        recipe, network = folded()
+        with memory_errors(f"the network of {recipe.name}", runtime.device):
+            content = _module(name).compile_network(network, recipe.inference.window_size, runtime)
+        write_entry(key, Entry({"recipe": recipe.to_dict(), "backend": name}, content))
+        return Compiled(recipe, _module(name).load(content, recipe.inference.window_size, runtime), name)
+
+    recipe = recipe_of(sha256, lambda: folded()[0])
+    if not has_entry(key):
+        return made()
+
+    def load() -> Forward:
+        kept = read_entry(key)
+        if kept is not None:
+            try:
+                return _module(name).load(kept.content, recipe.inference.window_size, runtime)
+            except Exception:  # whatever libraries raise about what another version of them wrote
+                pass
+        return made().forward
+
+    return Compiled(recipe, _once_loaded(load), name)
 
 
-def _load(entry: Entry, runtime: Runtime, name: str) -> Compiled:
-    recipe = recipe_from_dict(entry.about["recipe"], "recipe in the cache")
-    return Compiled(recipe, _module(name).load(entry.content, recipe.inference.window_size, runtime), name)
+def _once_loaded(load: Callable[[], Forward]) -> Forward:
+    """What `load` gives; it runs in another thread from now on."""
+    thread = ThreadPoolExecutor(1, "ctseg-load")
+    loading = thread.submit(load)
+    thread.shutdown(wait=False)
+    return lambda image_BCXYZ: loading.result()(image_BCXYZ)
 
 
 def _fastest(sha256: str, others: list[str], opened: Callable[[str], Compiled], runtime: Runtime) -> str:
