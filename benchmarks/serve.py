@@ -1,8 +1,8 @@
 """The annotation server under load: clients that click at once, and what a click costs beside the network itself.
 
-python benchmarks/serve.py [--clients 8] [--volumes 4] [--requests 500] [--size 256 256 80]
+python benchmarks/serve.py [--clients 8] [--volumes 4] [--requests 500] [--size 256 256 80] [--recipe deepgrow_3d]
 
-Starts `ctseg serve` with an untrained `deepgrow_3d:small` (or --model) on made CTs, on the CPU. Prints the time of each
+Starts `ctseg serve` with an untrained `deepgrow_3d:small` (or --recipe, or --model) on made CTs, on the CPU. Prints the time of each
 click as clients see it, errors, the server's memory; for one client, after its first click, the time that it waits over
 that which the model takes; and without a server, the time from click to mask over that of the network alone.
 """
@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--volumes", type=int, default=4)
     parser.add_argument("--requests", type=int, default=500)
     parser.add_argument("--size", type=int, nargs=3, default=(256, 256, 80))
+    parser.add_argument("--recipe", default="deepgrow_3d:small")
     parser.add_argument("--model", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -64,7 +65,7 @@ def main() -> None:
         studies.mkdir()
         for number in range(options.volumes):
             write_image(studies / f"ct_{number}.nii.gz", made_ct(tuple(options.size), number))
-        model = options.model or untrained(Path(folder) / "deepgrow.pt")
+        model = options.model or untrained(options.recipe, Path(folder) / "deepgrow.pt")
         process, url = start_server(studies, model)
         try:
             print(machine())
@@ -83,10 +84,10 @@ def made_ct(size: tuple[int, int, int], seed: int) -> Volume:
     return Volume(np.asfortranarray(array), geometry)
 
 
-def untrained(path: Path) -> Path:
+def untrained(name: str, path: Path) -> Path:
     """A checkpoint of random weights."""
     torch.manual_seed(0)
-    recipe = load_recipe("deepgrow_3d:small")
+    recipe = load_recipe(name)
     save_checkpoint(path, {"recipe": recipe.to_dict(), "model": network_for(recipe).state_dict()})
     return path
 
