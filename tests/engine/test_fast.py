@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ctseg.engine import fast as engine
+from ctseg.engine import predict as predict_module
 from ctseg.engine.checkpoint import save_checkpoint
 from ctseg.engine.fast import covering, windows_to_refine
 from ctseg.engine.model import Model, fast_in_bfloat16
@@ -87,28 +89,79 @@ def test_what_is_left_out_changes_next_to_nothing(tiny_recipe: Recipe) -> None:
     assert len(few.windows) < len(all_of_them.windows)
 
 
-def test_each_structure_has_its_own_undecided_windows() -> None:
-    """A plane of the large one and a single voxel of the small one; what is decided, on both sides, needs nothing."""
-    total_CXYZ = torch.zeros((3, 64, 16, 16))
-    total_CXYZ[1:] = -9.0
-    total_CXYZ[1, :36] = 9.0
-    total_CXYZ[1, 20] = 1.0  # seen by the window at 8, not by that at 24
-    total_CXYZ[2, 44, 3, 5] = 1.0  # seen by the window at 40
-    done, others = [(x, 0, 0) for x in (0, 16, 32, 48)], [(x, 0, 0) for x in (8, 24, 40)]
-    assert windows_to_refine(total_CXYZ, done, others, WINDOW) == [(8, 0, 0), (40, 0, 0)]
-    total_CXYZ[2, 44, 3, 5] = -9.0
-    assert windows_to_refine(total_CXYZ, done, others, WINDOW) == [(8, 0, 0)]
+FIRST, OTHERS = [(x, 0, 0) for x in (0, 16, 32, 48)], [(x, 0, 0) for x in (8, 24, 40)]
 
 
-@pytest.mark.parametrize(("undecided", "needed"), [(0, 0), (90, 0), (94, 1), (188, 2)])
-def test_what_is_left_out_together_holds_a_hundredth_of_the_structure(undecided: int, needed: int) -> None:
-    """Two windows that share the undecided voxels; the structure has 36 x 256 = 9216."""
-    total_CXYZ = torch.full((1, 64, 16, 16), -9.0)
-    total_CXYZ[0, :36] = 9.0
-    total_CXYZ[0, 20].view(-1)[: undecided // 2] = 1.0
-    total_CXYZ[0, 30].view(-1)[: undecided - undecided // 2] = 1.0
-    done, others = [(x, 0, 0) for x in (0, 16, 32, 48)], [(x, 0, 0) for x in (8, 24)]
-    assert len(windows_to_refine(total_CXYZ, done, others, WINDOW)) == needed
+def denied(classes: int) -> Tensor:
+    """Summed logits of the first windows where nothing is anywhere."""
+    total_CXYZ = torch.full((classes, 64, 16, 16), -9.0)
+    if classes > 1:
+        total_CXYZ[0] = 0.0
+    return total_CXYZ
+
+
+def test_each_structure_has_its_own_windows() -> None:
+    """One that holds the large structure, and one with the only undecided voxel of the small one."""
+    total_CXYZ = denied(3)
+    assert windows_to_refine(total_CXYZ, FIRST, OTHERS, WINDOW) == []
+    total_CXYZ[1, :12] = 9.0
+    assert windows_to_refine(total_CXYZ, FIRST, OTHERS, WINDOW) == [(8, 0, 0)]
+    total_CXYZ[2, 44, 3, 5] = -0.5
+    assert windows_to_refine(total_CXYZ, FIRST, OTHERS, WINDOW) == [(8, 0, 0), (40, 0, 0)]
+
+
+@pytest.mark.parametrize(("found", "needed"), [(0, []), (2, []), (3, [(40, 0, 0)])])
+def test_a_window_that_holds_more_than_a_thousandth_of_a_structure_runs(found: int, needed: list) -> None:
+    """Of 2048 voxels that are firmly found elsewhere, and as many as these in the window."""
+    total_CXYZ = denied(1)
+    total_CXYZ[0, :8] = 9.0
+    total_CXYZ[0, 42].view(-1)[:found] = 9.0
+    assert windows_to_refine(total_CXYZ, FIRST, OTHERS, WINDOW) == needed
+
+
+@pytest.mark.parametrize(("undecided", "needed"), [(0, 0), (200, 0), (206, 1), (412, 2)])
+def test_what_is_left_out_together_holds_a_tenth_of_the_structure(undecided: int, needed: int) -> None:
+    """Two windows that share the undecided voxels; the structure has 2048, in neither of them."""
+    total_CXYZ = denied(1)
+    total_CXYZ[0, :8] = 9.0
+    total_CXYZ[0, 20].view(-1)[: undecided // 2] = -0.9
+    total_CXYZ[0, 45].view(-1)[: undecided - undecided // 2] = -0.9
+    assert len(windows_to_refine(total_CXYZ, FIRST, [(10, 0, 0), (40, 0, 0)], WINDOW)) == needed
+
+
+def test_undecided_is_the_average_of_the_windows_at_a_voxel() -> None:
+    total_CXYZ = denied(1)
+    total_CXYZ[0, 20:23] = -1.9  # two windows there: -0.95 each
+    assert windows_to_refine(total_CXYZ, [*FIRST, (8, 0, 0)], [(24, 0, 0), (20, 0, 0)], WINDOW) == [(20, 0, 0)]
+    assert windows_to_refine(total_CXYZ, FIRST, [(24, 0, 0), (20, 0, 0)], WINDOW) == []
+
+
+def test_what_more_windows_find_is_asked_for_again(tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bar that every window sees only the half of that lies in its lower half: found bit by bit along its length."""
+
+    def lower_half(image_BCXYZ: Tensor) -> Tensor:
+        seen = image_BCXYZ * 20 - 10
+        seen[:, :, 10:] = seen[:, :, 10:].clamp(max=-4)
+        return torch.cat([torch.zeros_like(seen), seen], dim=1)
+
+    image_XYZ = torch.zeros(SHAPE)
+    image_XYZ[30:50, 20:28, 10:18] = 1
+    asked: list[int] = []
+
+    def counted(*arguments: Any) -> list[tuple[int, int, int]]:
+        needed = windows_to_refine(*arguments)
+        asked.append(len(needed))
+        return needed
+
+    monkeypatch.setattr(predict_module, "windows_to_refine", counted)
+    inference = replace(tiny_recipe.inference, window_size=WINDOW, overlap=0.75)
+    few, all_of_them = Counted(lower_half), Counted(lower_half)
+    exact = window_logits(model_of(tiny_recipe, all_of_them), image_XYZ, inference)
+    ours = window_logits(model_of(tiny_recipe, few), image_XYZ, inference, fast=True)
+    assert torch.equal(ours > 0, exact > 0)
+    assert len(asked) > 2
+    assert asked[1] > 0
+    assert len(few.windows) < len(all_of_them.windows)
 
 
 def test_several_structures_find_their_voxels(tiny_recipe: Recipe) -> None:

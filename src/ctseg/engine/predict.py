@@ -198,13 +198,15 @@ def _groups(starts: Sequence[Start], batch: int, calls_before: int = 0) -> Itera
 def _groups_as_needed(
     starts: Sequence[Start], window: Start, total_CXYZ: Array, batch: int
 ) -> Iterator[tuple[Sequence[Start], int]]:
-    """Like `_groups`: the fewest windows that cover all, then those that `total_CXYZ` shows to be needed by then."""
-    first = covering(starts, window)
-    yield from _groups(first, batch)
+    """Like `_groups`: the fewest windows that cover all, then those that `total_CXYZ` shows to be needed."""
     held = _size(map(min, total_CXYZ.shape[1:], window))
-    ran = set(first)
-    needed = windows_to_refine(total_CXYZ, first, [start for start in starts if start not in ran], held)
-    yield from _groups(needed, batch, math.ceil(len(first) / batch))
+    needed, done, calls = covering(starts, window), list[Start](), 0
+    while needed:
+        yield from _groups(needed, batch, calls)
+        calls += math.ceil(len(needed) / batch)
+        done += needed
+        ran = set(done)
+        needed = windows_to_refine(total_CXYZ, done, [start for start in starts if start not in ran], held)
 
 
 def window_starts(shape: Start, window: Start, overlap: float) -> Iterator[Start]:
