@@ -2,9 +2,10 @@
 
 python benchmarks/serve.py [--clients 8] [--volumes 4] [--requests 500] [--size 256 256 80] [--recipe deepgrow_3d]
 
-Starts `ctseg serve` with an untrained `deepgrow_3d:small` (or --recipe, or --model) on made CTs, on the CPU. Prints the time of each
-click as clients see it, errors, the server's memory; for one client, after its first click, the time that it waits over
-that which the model takes; and without a server, the time from click to mask over that of the network alone.
+Starts `ctseg serve` with an untrained `deepgrow_3d:small` (or --recipe, or --model) on made CTs, on the CPU. Prints the
+time of each click as clients see it, errors, the server's memory; for one client, after its first click, the time that
+it waits over that which the model takes; and without a server, the time from click to mask over that of the network
+alone.
 """
 
 from __future__ import annotations
