@@ -1,6 +1,7 @@
 """`prepare` and `restore`: voxel by voxel what MONAI's transforms and their inverses give."""
 
 import itertools
+import tracemalloc
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ctseg import preprocess
+from ctseg.arrays import HOST
 from ctseg.errors import ImageError
 from ctseg.io.images import read_image, read_labels
 from ctseg.preprocess import Prepared, network_geometry, prepare, prepare_labels, restore
@@ -431,3 +433,19 @@ def test_the_networks_spacing_keeps_every_voxel() -> None:
         np.testing.assert_array_equal(prepared.image_XYZ.numpy(), to_ras(mask).array)
         np.testing.assert_array_equal(prepare_labels(mask, SPEC), to_ras(mask).array)
         np.testing.assert_array_equal(restore(prepared.image_XYZ[None] - 0.5, prepared), mask.array)
+
+
+@pytest.mark.parametrize("spacing_mm", [(6.0, 6.0, 6.0), (6.0, 6.0, 1.0), (0.8, 0.8, 6.0)])
+def test_a_coarse_grid_takes_little_beside_the_result(spacing_mm: tuple[float, float, float]) -> None:
+    """A slab of 2^20 values takes 4 MB in float32; a few of them are there at once."""
+    size = (512, 512, 200)
+    geometry = Geometry.from_parts(size, (0.8, 0.8, 1.0), (0.0, 0.0, 0.0), np.eye(3))
+    volume = Volume(np.zeros(size, np.int16, order="F"), geometry)
+    tracemalloc.start()
+    try:
+        prepared = prepare(volume, replace(SPEC, spacing_mm=spacing_mm), HOST)
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert isinstance(prepared.image_XYZ, np.ndarray)
+    assert peak_bytes - prepared.image_XYZ.nbytes < 40e6

@@ -1,7 +1,7 @@
 """The command line: registers the commands, and is the only place where errors become exit codes.
 
-Nothing here or in `ctseg.commands` imports torch, monai or SimpleITK at module level, and a command imports no other's
-module: help and every wrong argument are answered at once.
+Nothing here or in `ctseg.commands` imports torch, monai or SimpleITK at module level, and a command's module is
+imported when that command is called: help and every wrong argument are answered at once.
 """
 
 from __future__ import annotations

@@ -294,10 +294,9 @@ def _reach(taps: Taps, first: int, last: int) -> tuple[int, int]:
 def _resampled_slabs(source: Array, taps: list[Taps], device: torch.device) -> Iterator[tuple[int, Array]]:
     """Pieces (start, float32 values) of `source` sampled by `taps`, along axis 0; parts that were read are released."""
     within_first = _makes_fewer_values_within_first(source.shape, [len(t) for t in taps])
-    plane = len(taps[1]) * len(taps[2])
-    if not within_first:
-        plane = max(plane, math.prod(source.shape[1:]))
-    depth = max(1, SLAB_VOXELS // plane)
+    planes, rows, columns = source.shape
+    between = planes * len(taps[1]) * columns // len(taps[0]) if within_first else rows * columns
+    depth = max(1, SLAB_VOXELS // max(between, len(taps[1]) * len(taps[2])))
     for start in range(0, len(taps[0]), depth):
         part = taps[0].part(start, min(start + depth, len(taps[0])))
         first, last = int(part.low.min()), int(part.high.max())

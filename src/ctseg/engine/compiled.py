@@ -162,28 +162,25 @@ def _open(sha256: str, folded: Source, runtime: Runtime, name: str) -> Compiled:
     damaged, it is compiled anew.
     """
     key = cache_key(_facts(sha256, runtime, [name]))
-
-    def made() -> Compiled:
-        recipe, network = folded()
-        with memory_errors(f"the network of {recipe.name}", runtime.device):
-            content = _module(name).compile_network(network, recipe.inference.window_size, runtime)
-        write_entry(key, Entry({"recipe": recipe.to_dict(), "backend": name}, content))
-        return Compiled(recipe, _module(name).load(content, recipe.inference.window_size, runtime), name)
-
     recipe = recipe_of(sha256, lambda: folded()[0])
-    if not has_entry(key):
-        return made()
+    module, window = _module(name), recipe.inference.window_size
+
+    def make() -> Forward:
+        with memory_errors(f"the network of {recipe.name}", runtime.device):
+            content = module.compile_network(folded()[1], window, runtime)
+        write_entry(key, Entry({"backend": name}, content))
+        return module.load(content, window, runtime)
 
     def load() -> Forward:
         kept = read_entry(key)
         if kept is not None:
             try:
-                return _module(name).load(kept.content, recipe.inference.window_size, runtime)
+                return module.load(kept.content, window, runtime)
             except Exception:  # whatever libraries raise about what another version of them wrote
                 pass
-        return made().forward
+        return make()
 
-    return Compiled(recipe, _once_loaded(load), name)
+    return Compiled(recipe, _once_loaded(load) if has_entry(key) else make(), name)
 
 
 def _once_loaded(load: Callable[[], Forward]) -> Forward:

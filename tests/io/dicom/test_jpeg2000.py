@@ -14,9 +14,9 @@ import pydicom
 import pytest
 from numpy.typing import NDArray
 from pydicom.encaps import encapsulate, get_frame
-from pydicom.pixels import get_decoder
 from pydicom.uid import JPEG2000Lossless
 
+from codestreams import damaged, dataset, decoded, outcome
 from ctseg.errors import ImageError
 from ctseg.io.dicom import jpeg2000
 from ctseg.io.dicom.read import find_series, read_series
@@ -27,22 +27,6 @@ Maker = Callable[..., Path]
 @pytest.fixture
 def imagecodecs() -> Any:
     return pytest.importorskip("imagecodecs")
-
-
-def dataset(frame: bytes, shape: tuple[int, int], bits: int, signed: bool) -> pydicom.Dataset:
-    made = pydicom.Dataset()
-    made.file_meta = pydicom.dataset.FileMetaDataset()
-    made.file_meta.TransferSyntaxUID = JPEG2000Lossless
-    made.Rows, made.Columns = shape
-    made.BitsAllocated, made.BitsStored, made.HighBit = (8 if bits <= 8 else 16), bits, bits - 1
-    made.SamplesPerPixel, made.PhotometricInterpretation = 1, "MONOCHROME2"
-    made.PixelRepresentation = int(signed)
-    made.PixelData = encapsulate([frame])
-    return made
-
-
-def decoded(made: pydicom.Dataset, plugin: str) -> NDArray[Any]:
-    return get_decoder(JPEG2000Lossless).as_array(made, raw=True, decoding_plugin=plugin)[0]
 
 
 def noise(bits: int, signed: bool, shape: tuple[int, int] = (48, 64)) -> NDArray[Any]:
@@ -59,7 +43,7 @@ def noise(bits: int, signed: bool, shape: tuple[int, int] = (48, 64)) -> NDArray
 def test_the_pixels_of_pylibjpeg(imagecodecs: Any, bits: int, signed: bool, header_signed: bool, container: str):
     array = noise(bits, signed)
     frame = imagecodecs.jpeg2k_encode(array, level=0, codecformat=container, bitspersample=bits, reversible=True)
-    made = dataset(frame, array.shape, bits, header_signed)
+    made = dataset(frame, JPEG2000Lossless, array.shape, bits, header_signed)
     ours, theirs = (decoded(made, plugin) for plugin in (jpeg2000.NAME, "pylibjpeg"))
     assert ours.dtype == theirs.dtype
     np.testing.assert_array_equal(ours, theirs)
@@ -98,34 +82,6 @@ def real_frame(real_data: Path) -> bytes:
         return get_frame(pydicom.dcmread(io.BytesIO(archive.read(name))).PixelData, 0, number_of_frames=1)
 
 
-def damaged(frame: bytes, chance: random.Random) -> bytes:
-    """One of: cut short, bytes changed in the headers or in the code, a run of zeros, bytes added or left out."""
-    data = bytearray(frame)
-    code = data.index(b"\xff\x90") + 14
-    place, length = chance.randrange(code, len(data) - 600), chance.choice([1, 16, 512])
-    match chance.randrange(6):
-        case 0:
-            del data[-chance.choice([1, 2, 3, 60, chance.randrange(1, len(data) - code)]) :]
-        case 1:
-            data[chance.randrange(4, code)] = chance.randrange(256)
-        case 2:
-            data[place] ^= 1 << chance.randrange(8)
-        case 3:
-            data[place : place + length] = bytes(length)
-        case 4:
-            data[place:place] = bytes(length)
-        case _:
-            del data[place : place + length]
-    return bytes(data)
-
-
-def outcome(made: pydicom.Dataset, plugin: str) -> NDArray[Any] | None:
-    try:
-        return decoded(made, plugin)
-    except Exception:
-        return None
-
-
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("real", [False, True])
 def test_it_refuses_what_pylibjpeg_refuses(imagecodecs: Any, request: pytest.FixtureRequest, real: bool):
@@ -134,10 +90,10 @@ def test_it_refuses_what_pylibjpeg_refuses(imagecodecs: Any, request: pytest.Fix
     else:
         array = noise(16, True)
         frame, shape, bits, count = imagecodecs.jpeg2k_encode(array, level=0), array.shape, 16, 600
-    chance = random.Random(int(real))
+    chance, code = random.Random(int(real)), frame.index(b"\xff\x90") + 14
     refused = taken = 0
     for _ in range(count):
-        made = dataset(damaged(frame, chance), shape, bits, not real)
+        made = dataset(damaged(frame, code, 512, chance), JPEG2000Lossless, shape, bits, not real)
         ours, theirs = (outcome(made, plugin) for plugin in (jpeg2000.NAME, "pylibjpeg"))
         assert theirs is not None or ours is None
         if ours is not None:
@@ -163,7 +119,7 @@ def test_a_codestream_cut_short_is_refused(series_plan, make_series: Maker, shar
 def test_other_threads_go_on_while_it_unpacks(imagecodecs: Any):
     """Else files would be unpacked one after the other."""
     array = noise(16, False, (512, 512))
-    made = dataset(imagecodecs.jpeg2k_encode(array, level=0), array.shape, 16, False)
+    made = dataset(imagecodecs.jpeg2k_encode(array, level=0), JPEG2000Lossless, array.shape, 16, False)
     decoded(made, jpeg2000.NAME)
     ticks, done = 0, threading.Event()
 

@@ -1,7 +1,6 @@
 """Lossless JPEG: the pixels that were packed, or a refusal; GDCM is a judge that takes more damage."""
 
 import random
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,9 @@ import pydicom
 import pytest
 from numpy.typing import NDArray
 from pydicom.encaps import encapsulate
-from pydicom.pixels import get_decoder
 from pydicom.uid import JPEGLossless
 
+from codestreams import damaged, dataset, outcome
 from ctseg.errors import ImageError
 from ctseg.io.dicom import jpeg_lossless
 from ctseg.io.dicom.codestream import check_codestream
@@ -73,19 +72,7 @@ def size_of(array: NDArray[Any]) -> tuple[int, int]:
 
 
 def by_gdcm(frame: bytes, shape: tuple[int, int], bits: int) -> NDArray[Any] | None:
-    made = pydicom.Dataset()
-    made.file_meta = pydicom.dataset.FileMetaDataset()
-    made.file_meta.TransferSyntaxUID = JPEGLossless
-    made.Rows, made.Columns = shape
-    made.BitsAllocated, made.BitsStored, made.HighBit = (8 if bits <= 8 else 16), bits, bits - 1
-    made.SamplesPerPixel, made.PhotometricInterpretation, made.PixelRepresentation = 1, "MONOCHROME2", 0
-    made.PixelData = encapsulate([frame])
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return get_decoder(JPEGLossless).as_array(made, raw=True, decoding_plugin="gdcm")[0]
-    except Exception:
-        return None
+    return outcome(dataset(frame, JPEGLossless, shape, bits, signed=False), "gdcm")
 
 
 @pytest.mark.parametrize("predictor", range(1, 8))
@@ -179,39 +166,16 @@ def test_without_imagecodecs_gdcm_has_them_all(monkeypatch: pytest.MonkeyPatch) 
     assert not jpeg_lossless.is_simple(packed(image(12), 12))
 
 
-def damaged(frame: bytes, chance: random.Random) -> bytes:
-    """One of: cut short, a byte of the headers, a bit of the code, and bytes zeroed, made up, added or left out."""
-    data = bytearray(frame)
-    code = frame.index(b"\xff\xda") + 10
-    place, length = chance.randrange(code, len(data) - 2), chance.choice([1, 2, 16, 300])
-    match chance.randrange(7):
-        case 0:
-            del data[-chance.choice([1, 2, 3, 4, 8, chance.randrange(1, len(data) - code)]) :]
-        case 1:
-            data[chance.randrange(2, code)] = chance.randrange(256)
-        case 2:
-            data[place] ^= 1 << chance.randrange(8)
-        case 3:
-            data[place : place + length] = bytes(length)
-        case 4:
-            data[place : place + length] = chance.randbytes(length)
-        case 5:
-            data[place:place] = chance.randbytes(length)
-        case _:
-            del data[place : place + length]
-    return bytes(data)
-
-
 @pytest.mark.parametrize("predictor", [1, 6])
 def test_damage_is_refused_far_more_often_than_by_gdcm(predictor: int) -> None:
     """Some damage nobody can tell: a bit that turns one value into another, and a little in the padding of the end."""
     array = image(12, (48, 64))
     frame = packed(array, 12, predictor)
-    chance = random.Random(predictor)
+    chance, code = random.Random(predictor), frame.index(b"\xff\xda") + 10
     wrong = {"ours": 0, "gdcm": 0}
     taken = differ = 0
     for _ in range(1000):
-        data = damaged(frame, chance)
+        data = damaged(frame, code, 300, chance)
         try:
             check_codestream(data, size_of(array), 16)
         except ImageError:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import hashlib
 import io
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -280,17 +281,17 @@ def _encapsulated(slices: Sequence[Slice]) -> Iterator[tuple[Slice, NDArray[Any]
             bits.add(check_codestream(frame, first.size, allocated))
             simple = simple and jpeg_lossless.is_simple(frame)
     indices = [one.frame or 0 for one in slices]
+    own: Callable[[bytes], NDArray[Any]] | None = None
     if syntax in jpeg12.SYNTAXES and bits != {8}:
         if bits != {12}:
             raise ImageError(f"a JPEG of this kind has 8 or 12 bits, got {sorted(bits)}; copy it again from its source")
+        own = partial(jpeg12.decode, syntax=syntax, size=first.size)
+    elif simple:
+        own = partial(jpeg_lossless.decode, size=first.size)
+    if own is not None:
         for one, index in zip(slices, indices, strict=True):
             frame = get_frame(dataset.PixelData, index, number_of_frames=frames)
-            yield one, _significant(jpeg12.decode(frame, syntax, one.size).view(dtype.newbyteorder("=")), one)
-        return
-    if simple:
-        for one, index in zip(slices, indices, strict=True):
-            frame = get_frame(dataset.PixelData, index, number_of_frames=frames)
-            yield one, _significant(jpeg_lossless.decode(frame, one.size).view(dtype.newbyteorder("=")), one)
+            yield one, _significant(own(frame).view(dtype.newbyteorder("=")), one)
         return
     decoder = get_decoder(syntax)
     plugin = jpeg2000.NAME if jpeg2000.is_available(syntax) else _PREFERRED.get(syntax, "")
