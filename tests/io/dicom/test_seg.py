@@ -499,6 +499,27 @@ def test_no_real_file_breaks_the_reader(references: Path) -> None:
         refusal(lambda: (regions_of(dataset), read_labels([dataset], ct, [parse_choice("1=/./")])))  # noqa: B023  # now
 
 
+@pytest.mark.parametrize(
+    ("tag", "reason"),
+    [
+        (b"\x08\0\x60\0CS", "labels come from SEG or RTSTRUCT objects, got 'None'"),
+        (b"\x62\0\x01\0CS", "SegmentationType must be one of BINARY, FRACTIONAL, LABELMAP, got 'None'"),
+    ],
+)
+def test_a_value_of_no_known_kind_is_refused(
+    series_plan, make_series: Maker, tmp_path: Path, tag: bytes, reason: str
+) -> None:
+    """pydicom raises when such a value is asked for, not when the file is read."""
+    ct = read_ct(make_series(series_plan()))
+    write(tmp_path / "seg.dcm", ct, random_labels(ct))
+    data = (tmp_path / "seg.dcm").read_bytes()
+    assert data.count(tag) == 1
+    (tmp_path / "bad.dcm").write_bytes(data.replace(tag, tag[:-1] + b"\xac"))
+    with pydicom_silent():
+        bad = read_dataset(Source(tmp_path / "bad.dcm"))
+        assert refusal(lambda: read_labels([bad], ct, [parse_choice("1=/./")])) == reason
+
+
 def test_damaged_bytes_are_refused_or_read(series_plan, make_series: Maker, tmp_path: Path) -> None:
     """Never a traceback: 300 files with a few bytes changed or the end cut off."""
     ct = read_ct(make_series(series_plan()))

@@ -11,6 +11,7 @@ import pydicom
 from numpy.typing import NDArray
 
 from ctseg.errors import ImageError
+from ctseg.io.dicom.headers import tag_value
 from ctseg.io.dicom.placing import Stack, on_grid, planes
 from ctseg.io.dicom.read import DicomCT
 from ctseg.io.dicom.regions import Choice, Region, check_found, choose_regions
@@ -123,7 +124,7 @@ def _lay(labels: NDArray[np.uint8], mask: NDArray[np.bool_], value: int, order: 
 
 
 def _kind(dataset: pydicom.Dataset) -> str:
-    kind = str(dataset.get("Modality"))
+    kind = str(tag_value(dataset, "Modality"))
     if kind not in ("SEG", "RTSTRUCT"):
         raise ImageError(f"labels come from SEG or RTSTRUCT objects, got '{kind[:40]}'")
     return kind

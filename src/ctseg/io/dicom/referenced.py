@@ -9,6 +9,7 @@ from functools import cached_property
 import pydicom
 
 from ctseg.errors import ImageError
+from ctseg.io.dicom.headers import tag_value
 from ctseg.io.dicom.series import Series
 
 _NOT_SEARCHED = ("ROIContourSequence", "PerFrameFunctionalGroupsSequence")
@@ -31,7 +32,7 @@ class CTFinder:
         Raises:
             ImageError: if it is not here, or could be several.
         """
-        named = set(_uids(header, "SeriesInstanceUID")) - {str(header.get("SeriesInstanceUID"))}
+        named = set(_uids(header, "SeriesInstanceUID")) - {str(tag_value(header, "SeriesInstanceUID"))}
         candidates = [series for series in self._cts if series.uid in named] or self._cts
         if len(candidates) == 1 and candidates[0].uid in named:
             return candidates[0]

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from ctseg.errors import ImageError
 from ctseg.io import MAX_VOXELS
+from ctseg.io.dicom.frames import integer
+from ctseg.io.dicom.headers import tag_value
 from ctseg.io.dicom.placing import AXES_TOLERANCE, IN_PLANE_TOLERANCE, Stack
 from ctseg.io.dicom.regions import Region, codes_in, shown_name
 from ctseg.io.dicom.seg_pixels import decode
@@ -71,7 +73,7 @@ def segment_masks(
     Raises:
         ImageError: if the SEG is broken, or a frame that is not empty lies on no image of the CT.
     """
-    kind = str(dataset.get("SegmentationType"))
+    kind = str(tag_value(dataset, "SegmentationType"))
     if kind not in _TYPES:
         raise ImageError(f"SegmentationType must be one of {', '.join(_TYPES)}, got '{kind[:40]}'")
     wanted = [frame for frame in frames(dataset) if frame.segment is None or frame.segment in numbers]
@@ -120,7 +122,7 @@ def _masks(
         present = set(np.unique(pixels).tolist()) & numbers
         yield from ((number, pixels == number) for number in sorted(present))
     elif kind == "FRACTIONAL":
-        maximum = int(dataset.get("MaximumFractionalValue") or 255)
+        maximum = integer(tag_value(dataset, "MaximumFractionalValue")) or 255
         yield int(frame.segment or 0), pixels >= FRACTION * maximum
     else:
         yield int(frame.segment or 0), pixels != 0
