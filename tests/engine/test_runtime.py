@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import weakref
 from datetime import timedelta
 
 import pytest
@@ -173,6 +174,23 @@ def test_running_leaves_the_process_group_when_all_do(monkeypatch) -> None:
     with pytest.raises(KeyError), running("cpu"):
         raise KeyError
     assert len(left) == 2
+
+
+def test_no_network_is_left_when_a_stopped_run_leaves_its_group(monkeypatch) -> None:
+    """PyTorch's wrapper would keep the group's threads, and ending with them aborts the process: no exit code 75."""
+
+    def train() -> None:
+        network = torch.nn.Linear(1, 1)
+        network.itself = [network]
+        networks.append(weakref.ref(network))
+        raise Stopped
+
+    networks, alive = [], []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: alive.append(networks[0]() is not None))
+    with pytest.raises(Stopped), running("cpu"):
+        train()
+    assert alive == [False]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])

@@ -10,6 +10,7 @@ import gc
 import os
 import re
 import time
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -223,9 +224,10 @@ def running(
     """
     try:
         yield start_runtime(device, precision, amp=amp, alone=alone, fast=fast)
-        _leave_group()
-    except Stopped:
-        _leave_group()
+        leave_group()
+    except Stopped as stopped:
+        traceback.clear_frames(stopped.__traceback__)  # they hold the network, see `leave_group`
+        leave_group()
         raise
     except RuntimeError as error:
         if not _tells_of_lost_peer(error):
@@ -234,11 +236,16 @@ def running(
         raise PeerLost("another process of this run has ended; its error is above or in its own log") from error
 
 
-def _leave_group() -> None:
+def leave_group() -> None:
+    """Leaves the process group, if there is one.
+
+    A network wrapped for several processes must be gone by then: it keeps the group's threads, and a process that ends
+    with them is aborted.
+    """
     from torch import distributed
 
     if distributed.is_initialized():
-        gc.collect()  # a network wrapped for several processes is a cycle that keeps the group's threads alive
+        gc.collect()  # such a network is a cycle
         distributed.destroy_process_group()
 
 
