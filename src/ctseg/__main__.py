@@ -1,5 +1,5 @@
 """`python -m ctseg` is the same program as `ctseg`."""
 
-from ctseg.cli import main
+from ctseg.cli import program
 
-main()
+program()

@@ -6,6 +6,7 @@ imported when that command is called: help and every wrong argument are answered
 
 from __future__ import annotations
 
+import atexit
 import errno
 import functools
 import importlib
@@ -151,6 +152,27 @@ def main() -> None:
     if code == INTERRUPTED:
         _fail("interrupted", code)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def program() -> None:
+    """`main` as a process of its own, which then ends at once: to take torch or OpenVINO apart helps nobody."""
+    try:
+        main()
+    except SystemExit as ending:
+        if isinstance(ending.code, int):
+            _end_at_once(ending.code)
+        raise
+
+
+def _end_at_once(code: int) -> None:
+    """Ends the process as Python does, but for modules and what still runs in threads; returns if output is lost."""
+    atexit._run_exitfuncs()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:  # a full disk or a closed pipe: Python's own ending tells it
+        return
+    os._exit(code)
 
 
 def _stop(*_: object) -> None:

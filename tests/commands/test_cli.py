@@ -353,3 +353,19 @@ def test_stdout_on_a_full_disk():
         done = ctseg_into(full, "recipes", "--json")
     expected = "ctseg: cannot write the result to stdout: No space left on device; free space\n"
     assert (done.returncode, done.stderr) == (2, expected)
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["--version"], 0), (["--nothing"], 2)])
+def test_the_process_ends_with_its_code_and_all_output_and_waits_for_no_thread(arguments: list[str], code: int):
+    script = f"""
+import atexit, sys, threading, time
+from ctseg.cli import program
+atexit.register(print, "farewell")
+threading.Thread(target=time.sleep, args=(600,)).start()
+sys.argv = ["ctseg", *{arguments!r}]
+program()
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == code
+    assert ended.stdout.endswith("farewell\n")
+    assert ended.stdout.startswith("ctseg ") or "--nothing" in ended.stderr

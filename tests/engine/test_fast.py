@@ -16,8 +16,9 @@ from ctseg.engine import predict as predict_module
 from ctseg.engine.checkpoint import save_checkpoint
 from ctseg.engine.fast import covering, windows_to_refine
 from ctseg.engine.model import Model, fast_in_bfloat16
-from ctseg.engine.predict import predict, window_logits, window_starts
+from ctseg.engine.predict import predict, window_logits
 from ctseg.engine.runtime import Runtime, start_runtime
+from ctseg.engine.windows import window_starts
 from ctseg.recipe import Recipe, load_recipe
 from ctseg.volume import Geometry, Volume
 

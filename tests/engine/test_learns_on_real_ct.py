@@ -22,7 +22,7 @@ from ctseg.progress import Silent
 from ctseg.recipe import load_recipe
 
 SHORTENED = [
-    "training.epochs=400",
+    "training.epochs=500",
     "schedule={kind='cosine'}",
     "training.batch_cases=3",
     "sampling.patches_per_case=2",

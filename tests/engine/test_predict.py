@@ -16,15 +16,9 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor, nn
 
 from ctseg.engine.model import Forward, Model, forward_of
-from ctseg.engine.predict import (
-    Placement,
-    num_windows,
-    predict,
-    scores_from_logits,
-    window_logits,
-    window_starts,
-)
+from ctseg.engine.predict import Placement, predict, scores_from_logits, window_logits
 from ctseg.engine.runtime import Runtime
+from ctseg.engine.windows import num_windows, window_starts
 from ctseg.errors import OutputError
 from ctseg.recipe import Recipe
 from ctseg.specs import Inference

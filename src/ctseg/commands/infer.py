@@ -108,9 +108,7 @@ def infer(
             _infer_in_parts(gpus or 1, shard, path, as_json)
         return
     import_nibabel_alone()
-    from ctseg.engine.infer import infer as run
     from ctseg.engine.model import load_model, runtime_for
-    from ctseg.engine.plan import plan_run
     from ctseg.engine.process import stop_on_signal
 
     with (
@@ -119,7 +117,10 @@ def infer(
         stop_on_signal() as stop_requested,
         make_progress(quiet) as progress,
     ):
-        loaded = load_model(path, runtime, backend, progress.note)
+        loaded = load_model(path, runtime, backend, progress.note)  # goes on in another thread meanwhile
+        from ctseg.engine.infer import infer as run
+        from ctseg.engine.plan import plan_run
+
         check_no_clicks(loaded.recipe, path)
         progress.note(f"model {path} on {runtime.describe()}, {loaded.backend}{', fast' if fast else ''}{_part(part)}")
         todo = [job for job in part.take(jobs) if overwrite or not job.is_done]

@@ -24,8 +24,8 @@ from ctseg.engine.backends import example_of
 from ctseg.engine.backends.onnx import OPSET, to_onnx
 from ctseg.engine.bundle import bundle_forward, staging_folder, write_bundle
 from ctseg.engine.model import Forward, forward_of, load_model, load_network
-from ctseg.engine.predict import window_starts
 from ctseg.engine.runtime import Runtime
+from ctseg.engine.windows import window_starts
 from ctseg.errors import CtsegError, ModelError
 from ctseg.files import atomic_path, make_folder, output_errors
 from ctseg.recipe import RECIPE_ENTRY, Recipe

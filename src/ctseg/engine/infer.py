@@ -27,7 +27,6 @@ from ctseg.files import make_folder
 from ctseg.jobs import PLAIN, Job, Options, Shard
 from ctseg.manifest import image_stem
 from ctseg.progress import Progress
-from ctseg.report.overlay import draw_overlay
 from ctseg.scratch import count_values
 from ctseg.volume import Volume
 
@@ -246,6 +245,8 @@ def _case_errors(work: _Work, device: torch.device) -> Iterator[None]:
 
 
 def _draw(job: Job, case: ReadCase, mask: NDArray[np.uint8], model: Model) -> None:
+    from ctseg.report.overlay import draw_overlay  # not at the top: few runs draw, and its libraries take long
+
     stem = image_stem(job.mask)
     title = job.image.name if job.series is None else stem  # a folder may be called as the patient is
     hu_window = model.recipe.preprocess.hu_window

@@ -19,9 +19,10 @@ from ctseg.engine.cases import case_extent, needs_voxels
 from ctseg.engine.clock import Clock
 from ctseg.engine.compiled import library_version
 from ctseg.engine.model import Model
-from ctseg.engine.predict import IN_MEMORY, Placement, num_windows, window_logits
+from ctseg.engine.predict import IN_MEMORY, Placement, window_logits
 from ctseg.engine.process import cpu_kind, give_back_memory, resident_bytes
 from ctseg.engine.runtime import memory_errors
+from ctseg.engine.windows import num_windows
 from ctseg.errors import ImageError
 from ctseg.io import Extent
 from ctseg.jobs import Job, Options

@@ -24,15 +24,15 @@ from ctseg.arrays import (
     release_array,
     strides_of,
     through_torch,
-    to_device,
     to_work_on,
     zeros,
 )
 from ctseg.engine.clock import Clock
-from ctseg.engine.fast import Start, average, covering, windows_to_refine
+from ctseg.engine.fast import covering, windows_to_refine
 from ctseg.engine.ladder import logits_within_memory, prepared_within_memory
 from ctseg.engine.model import Model
 from ctseg.engine.runtime import memory_errors
+from ctseg.engine.windows import Start, average, window_starts
 from ctseg.preprocess import restore, slabs_of
 from ctseg.specs import Inference
 from ctseg.volume import Volume
@@ -173,20 +173,8 @@ def window_logits(
         done += group
         if on_window is not None:
             on_window(number, calls)
-    if len(done) < len(starts):
-        average(total_CXYZ, done, held)
-        return as_asked(total_CXYZ, asked)
-    counts = [to_device(along, device_of(total_CXYZ)) for along in _counts(starts, shape, window)]
-    for box in slabs_of(total_CXYZ):
-        for axis, (along, part) in enumerate(zip(counts, box[1:], strict=True)):
-            total_CXYZ[box] /= along[part].reshape([-1 if n == axis else 1 for n in range(3)])
+    average(total_CXYZ, done, held)
     return as_asked(total_CXYZ, asked)
-
-
-def num_windows(shape: Start, inference: Inference) -> int:
-    """How many windows cover a grid."""
-    sizes = zip(shape, inference.window_size, strict=True)
-    return math.prod(len(_starts_along(max(n, w), w, inference.overlap)) for n, w in sizes)
 
 
 def _groups(starts: Sequence[Start], batch: int, calls_before: int = 0) -> Iterator[tuple[Sequence[Start], int]]:
@@ -207,32 +195,6 @@ def _groups_as_needed(
         done += needed
         ran = set(done)
         needed = windows_to_refine(total_CXYZ, done, [start for start in starts if start not in ran], held)
-
-
-def window_starts(shape: Start, window: Start, overlap: float) -> Iterator[Start]:
-    """First voxels of the windows that cover `shape`, x slowest; the last along an axis is moved back to its end.
-
-    Positions are those of MONAI's `dense_patch_slices`. `shape` must be at least `window` along every axis.
-    """
-    along = [_starts_along(n, w, overlap) for n, w in zip(shape, window, strict=True)]
-    return ((x, y, z) for x in along[0] for y in along[1] for z in along[2])
-
-
-def _starts_along(length: int, window: int, overlap: float) -> list[int]:
-    step = window if length == window else max(int(window * (1 - overlap)), 1)
-    number = max(math.ceil((length - window) / step), 0) + 1
-    return [min(n * step, length - window) for n in range(number)]
-
-
-def _counts(starts: list[Start], shape: Start, window: Start) -> list[NDArray[np.float32]]:
-    """How many windows cover each position along each axis; a voxel's number of windows is their product."""
-    counts = []
-    for axis in range(3):
-        covered = np.zeros(shape[axis], dtype=np.float32)
-        for start in sorted({s[axis] for s in starts}):
-            covered[start : start + window[axis]] += 1
-        counts.append(covered)
-    return counts
 
 
 def _zeros_like(image_XYZ: Array, channels: int, scratch: Path | None) -> Array:
