@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ctseg import workers
-from ctseg.workers import in_parallel, num_workers
+from ctseg.workers import in_parallel, in_threads, num_workers
 
 GB = 10**9
 
@@ -86,3 +86,32 @@ def test_a_limit_below_the_machines_memory_counts_and_no_knowledge_is_no_limit(m
     assert num_workers([GB] * 20, 16) == 2
     monkeypatch.setattr(workers, "memory_limit", lambda: None)
     assert num_workers([GB] * 20, 16) == 16
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_in_threads_does_every_item_once(threads: int):
+    done: list[int] = []
+    in_threads(done.append, range(20), threads)
+    assert sorted(done) == list(range(20))
+    in_threads(done.append, [], threads)
+    assert len(done) == 20
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_in_threads_raises_what_the_work_raises_and_begins_no_more(threads: int):
+    begun: list[int] = []
+
+    def work(n: int) -> None:
+        begun.append(n)
+        time.sleep(0.01)
+        if n == 3:
+            raise MemoryError("no room")
+
+    with pytest.raises(MemoryError, match="no room"):
+        in_threads(work, range(1000), threads)
+    assert len(begun) < 1000
+
+
+def test_in_threads_two_run_at_once():
+    meeting = threading.Barrier(2, timeout=20)
+    in_threads(lambda _: meeting.wait(), range(4), 2)

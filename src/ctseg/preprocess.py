@@ -12,7 +12,7 @@ Shape suffixes: X Y Z the network's RAS grid, IJK the array axes of a file, C ch
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,15 +33,19 @@ from ctseg.arrays import (
     zeros,
 )
 from ctseg.errors import ImageError
+from ctseg.limits import available_cpus
 from ctseg.scratch import SLAB_VOXELS, new_array, release
 from ctseg.specs import Preprocess
 from ctseg.volume import Geometry, Volume, orientation_to_ras, to_ras
+from ctseg.workers import in_threads
 
 if TYPE_CHECKING:
     import torch
 
 MAX_VOXELS = 2**30
 """More on the network's grid is a damaged header, not a CT: a whole body at 1 mm has half of this."""
+MAX_THREADS = 4
+"""More would wait for memory, and each works on a slab of its own."""
 SPACING_TOLERANCE_MM = 1e-3
 """Spacings this close count as equal, as in MONAI's Spacing."""
 
@@ -156,12 +160,16 @@ def prepare(volume: Volume, spec: Preprocess, device: torch.device, scratch: Pat
     ras_axes = [orientation_to_ras(volume.geometry)[axis][0] for axis in axes]
     image_XYZ, out = _image_and_source_order([len(t) for t in taps], ras_axes, device, scratch)
     xp = array_namespace(out)
-    for start, slab in _resampled_slabs(source, taps, device):
+
+    def scale(start: int, slabs: list[Array]) -> None:
+        (slab,) = slabs
         slab -= low
         slab /= high - low
         part = out[start : start + len(slab)]
         part[...] = xp.clip(slab, 0.0, 1.0)
         release_array(part)
+
+    _resample([source], taps, device, scale)
     return Prepared(as_asked(image_XYZ, device), grid, volume.geometry)
 
 
@@ -218,10 +226,13 @@ def restore(scores_CXYZ: Array, prepared: Prepared, scratch: Path | None = None)
     if isinstance(by_memory, np.ndarray) and by_memory.strides[1] < max(by_memory.strides[2:]):
         by_memory = np.ascontiguousarray(by_memory)  # slabs of it are read one after another
     target = labels.transpose(2, 1, 0)[tuple(targets)]
-    for start, decided in _decided_slabs(by_memory, taps):
-        slab = target[start : start + len(decided)]
-        slab[...] = to_numpy(decided)
-        release(slab)
+
+    def decide(start: int, slabs: list[Array]) -> None:
+        part = target[start : start + len(slabs[0])]
+        part[...] = to_numpy(slabs[0] > 0 if len(slabs) == 1 else _largest(slabs))
+        release(part)
+
+    _resample(list(by_memory), taps, device, decide)
     return labels
 
 
@@ -253,21 +264,15 @@ def slabs_of(values_CXYZ: Array) -> Iterator[tuple[slice, slice, slice, slice]]:
         release_array(values_CXYZ[:, x, y, z])
 
 
-def _decided_slabs(scores: Array, taps: list[Taps]) -> Iterator[tuple[int, Array]]:
-    device = device_of(scores)
-    if len(scores) == 1:
-        for start, slab in _resampled_slabs(scores[0], taps, device):
-            yield start, slab > 0
-        return
-    xp = array_namespace(scores)
-    for slabs in zip(*(_resampled_slabs(channel, taps, device) for channel in scores), strict=True):
-        start, best = slabs[0]
-        decided = xp.zeros_like(best, dtype=xp.uint8)
-        for value, (_, slab) in enumerate(slabs[1:], start=1):
-            wins = slab > best
-            decided[wins] = value
-            best = xp.where(wins, slab, best)
-        yield start, decided
+def _largest(slabs: list[Array]) -> Array:
+    """Which of the slabs is the largest at each voxel, the first of equals, as uint8."""
+    best, xp = slabs[0], array_namespace(slabs[0])
+    decided = xp.zeros_like(best, dtype=xp.uint8)
+    for value, slab in enumerate(slabs[1:], start=1):
+        wins = slab > best
+        decided[wins] = value
+        best = xp.where(wins, slab, best)
+    return decided
 
 
 def _label_box(scores_CXYZ: Array) -> list[tuple[int, int]] | None:
@@ -291,22 +296,33 @@ def _reach(taps: Taps, first: int, last: int) -> tuple[int, int]:
     return (int(touching[0]), int(touching[-1]) + 1) if len(touching) else (0, 0)
 
 
-def _resampled_slabs(source: Array, taps: list[Taps], device: torch.device) -> Iterator[tuple[int, Array]]:
-    """Pieces (start, float32 values) of `source` sampled by `taps`, along axis 0; parts that were read are released."""
-    within_first = _makes_fewer_values_within_first(source.shape, [len(t) for t in taps])
-    planes, rows, columns = source.shape
+def _resample(
+    channels: list[Array], taps: list[Taps], device: torch.device, use: Callable[[int, list[Array]], None]
+) -> None:
+    """Calls `use(start, slabs)` with pieces of all channels sampled by `taps`, as float32, cut along axis 0.
+
+    On the CPU several pieces at once are worked on, each in a thread. The parts that were read are released.
+    """
+    planes, rows, columns = channels[0].shape
+    within_first = _makes_fewer_values_within_first((planes, rows, columns), [len(t) for t in taps])
     between = planes * len(taps[1]) * columns // len(taps[0]) if within_first else rows * columns
-    depth = max(1, SLAB_VOXELS // max(between, len(taps[1]) * len(taps[2])))
-    for start in range(0, len(taps[0]), depth):
+    threads = min(available_cpus(), MAX_THREADS) if device.type == "cpu" else 1
+    depth = max(1, SLAB_VOXELS // threads // max(between, len(taps[1]) * len(taps[2])))
+
+    def work(start: int) -> None:
         part = taps[0].part(start, min(start + depth, len(taps[0])))
         first, last = int(part.low.min()), int(part.high.max())
-        stored = source[first : last + 1]
-        values = to_device(stored, device) if isinstance(stored, np.ndarray) else stored
-        along = [part.shifted(first), taps[1], taps[2]]
-        for axis in (1, 2, 0) if within_first else (0, 1, 2):
-            values = along[axis].apply(values, axis)
-        release_array(stored)
-        yield start, values
+        along, slabs = [part.shifted(first), taps[1], taps[2]], []
+        for source in channels:
+            stored = source[first : last + 1]
+            values = to_device(stored, device) if isinstance(stored, np.ndarray) else stored
+            for axis in (1, 2, 0) if within_first else (0, 1, 2):
+                values = along[axis].apply(values, axis)
+            release_array(stored)
+            slabs.append(values)
+        use(start, slabs)
+
+    in_threads(work, range(0, len(taps[0]), depth), threads)
 
 
 def _makes_fewer_values_within_first(shape: tuple[int, ...], sizes: list[int]) -> bool:

@@ -41,6 +41,17 @@ def in_parallel(
                 yield running.pop(future), future.result()
 
 
+def in_threads(work: Callable[[Item], None], items: Sequence[Item], threads: int) -> None:
+    """`work` of each item, so many at a time; what it raises is raised here, and then no more begin."""
+    if threads == 1 or len(items) == 1:
+        for item in items:
+            work(item)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(work, items):
+            pass
+
+
 def num_workers(memory_bytes: Sequence[int], wanted: int | None = None) -> int:
     """How many cases to work on at once: one for each CPU or `wanted`, as far as the largest of them fit into memory.
 

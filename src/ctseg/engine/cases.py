@@ -129,10 +129,10 @@ def write_mask(job: Job, case: ReadCase, mask: NDArray[np.uint8], model: Model, 
 
 
 def digest_input(job: Job) -> Digest:
-    """The digest of a CT's files, which are read anew: a fraction of the time that reading the CT took.
+    """The digest of a CT's files, which are read for it: a fraction of the time that reading the CT takes.
 
     Raises:
-        ImageError: if they have changed since and cannot be read.
+        ImageError: if they cannot be read.
     """
     if job.series is None:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -185,8 +186,10 @@ def _read(work: _Work, options: Options, device: torch.device) -> _Work:
     with _case_errors(work, device), work.clock.stage("read"):
         if work.plan and work.plan.error:
             raise (NotEnoughMemory if work.plan.way == TOO_LARGE else ImageError)(work.plan.error)
-        work.case = read_case(work.job, options, work.placement.volumes)
-        work.digest = digest_input(work.job)
+        with ThreadPoolExecutor(1, "ctseg-digest") as pool:
+            digest = pool.submit(digest_input, work.job)
+            work.case = read_case(work.job, options, work.placement.volumes)
+        work.digest = digest.result()
     return work
 
 
