@@ -69,7 +69,9 @@ def test_windows_and_seconds(tiny_model: Model) -> None:
     made = plan(tiny_model, 1e12)
     windows = math.prod(math.ceil((n - 16) / 12) + 1 for n in (200, 150, 100))
     assert made.windows == windows
-    assert made.seconds == pytest.approx(windows * 0.5 + VOXELS * planning.SECONDS_PER_VOXEL)
+    assert made.seconds == pytest.approx(
+        windows * 0.5 + planning.SECONDS_PER_CASE + VOXELS * planning.SECONDS_PER_VOXEL
+    )
 
 
 def test_each_way_is_taken_where_the_one_before_does_not_fit(tiny_model: Model) -> None:

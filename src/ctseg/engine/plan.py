@@ -39,8 +39,8 @@ SPARE_BYTES = 64 * 2**20
 """What slabs and readers take beside all that is counted."""
 SPARE_SHARE = 0.2
 """Of what a window takes: the heap's gaps differ from run to run, and so what it grows by."""
-SECONDS_PER_VOXEL = 12e-9
-"""Of the CT, for reading, preparing, restoring and writing on two CPU cores."""
+SECONDS_PER_CASE, SECONDS_PER_VOXEL = 0.08, 6e-9
+"""Of reading, preparing, restoring and writing on two CPU cores."""
 MEASURED_CALLS = 3
 """torch settles the memory of a network only in its third call."""
 OVERLAY_BYTES_PER_VOXEL = 2
@@ -169,12 +169,14 @@ class RunPlan:
         max_bytes: Of memory that the process may have.
         limited_by: Who says so.
         overlap: Whether the next CT may be read, and the last mask written, while the network runs.
+        fast: Whether windows may be left out, so that the seconds are the most.
     """
 
     cases: tuple[Plan, ...]
     max_bytes: int
     limited_by: str
     overlap: bool = True
+    fast: bool = False
 
     def summary(self) -> str:
         """One line: "20 CTs, about 2 min, up to 1.20 GB of 24.00 GB (cgroup limit)"."""
@@ -182,7 +184,7 @@ class RunPlan:
         text = "1 CT" if len(self.cases) == 1 else f"{len(self.cases)} CTs"
         if able:
             most = gigabytes(max(plan.memory_bytes for plan in able))
-            text += f", about {duration(sum(plan.seconds for plan in able))}"
+            text += f", {'at most' if self.fast else 'about'} {duration(sum(plan.seconds for plan in able))}"
             text += f", up to {most} of {gigabytes(self.max_bytes)} ({self.limited_by})"
         return text + (f"; {len(self.cases) - len(able)} cannot be done" if len(able) < len(self.cases) else "")
 
@@ -236,7 +238,7 @@ def plan_run(
     progress.finish()
     together = _overlapped(plans)
     overlap = all(plan.memory_bytes <= allowed for plan in together if not plan.error)
-    return RunPlan(tuple(together if overlap else plans), allowed, limited_by, overlap)
+    return RunPlan(tuple(together if overlap else plans), allowed, limited_by, overlap, options.fast)
 
 
 def _overlapped(plans: Sequence[Plan]) -> list[Plan]:
@@ -281,7 +283,7 @@ def plan_case(
     voxels = math.prod(extent.geometry.size)
     grid = network_geometry(extent.geometry, model.recipe.preprocess.spacing_mm).size
     windows = num_windows(grid, model.recipe.inference)
-    seconds = windows * cost.seconds + voxels * SECONDS_PER_VOXEL
+    seconds = windows * cost.seconds + SECONDS_PER_CASE + voxels * SECONDS_PER_VOXEL
     always_bytes = cost.base_bytes + int(cost.window_bytes * SPARE_SHARE) + SPARE_BYTES
     if fast and model.runtime.device.type == "cpu":  # a byte for each structure says where it is undecided
         always_bytes += (model.recipe.num_classes - 1) * math.prod(grid)

@@ -29,7 +29,9 @@ def compile_network(network: nn.Module, window: Window, runtime: Runtime) -> byt
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
     from ctseg.engine.backends.torchscript import trace
+    from ctseg.norms import with_channelwise_group_norms
 
+    network = with_channelwise_group_norms(network)
     network.eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # stubs lack it
     frontend = FrontEndManager().load_by_framework("pytorch")
     decoder = TorchScriptPythonDecoder(trace(network, window, torch.contiguous_format))  # must outlive the conversion
