@@ -10,10 +10,11 @@ import torch
 
 from ctseg import arrays
 from ctseg.arrays import HOST, Array, as_asked, cut_box, device_of, release_array, strides_of, through_torch, to_device
-from ctseg.engine.fast import average, windows_to_refine
+from ctseg.engine.fast import windows_to_refine
 from ctseg.engine.model import Model
 from ctseg.engine.predict import scores_from_logits, window_logits
 from ctseg.engine.runtime import Runtime
+from ctseg.engine.windows import average
 from ctseg.preprocess import prepare, restore, slabs_of
 from ctseg.recipe import Recipe
 from ctseg.scratch import new_array
@@ -28,12 +29,11 @@ class OnTorch:
     """What the code sees of a GPU, on the CPU: tensors that are not taken for NumPy's."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for module in ("ctseg.preprocess", "ctseg.engine.predict", "ctseg.engine.fast"):
+        for module in ("ctseg.preprocess", "ctseg.engine.predict", "ctseg.engine.fast", "ctseg.engine.windows"):
             monkeypatch.setattr(f"{module}.to_work_on", lambda values: values)
-        for module in ("ctseg.preprocess", "ctseg.engine.predict", "ctseg.engine.fast"):
-            monkeypatch.setattr(f"{module}.zeros", lambda shape, *_: torch.zeros(shape))
         for module in ("ctseg.preprocess", "ctseg.engine.predict"):
-            monkeypatch.setattr(f"{module}.to_device", lambda values, _: torch.from_numpy(values.copy()))
+            monkeypatch.setattr(f"{module}.zeros", lambda shape, *_: torch.zeros(shape))
+        monkeypatch.setattr("ctseg.preprocess.to_device", lambda values, _: torch.from_numpy(values.copy()))
 
 
 @pytest.fixture

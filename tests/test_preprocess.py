@@ -234,6 +234,24 @@ def test_slabs_give_the_whole_volume(
     np.testing.assert_array_equal(restore(scores, whole), several)
 
 
+@pytest.mark.parametrize("cpus", [1, 4])
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_the_number_of_cpus_does_not_matter(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cpus: int, on_disk: bool
+) -> None:
+    """Many pieces at once, and what lies on disk released by one thread while others read beside it."""
+    volume = nifti_noise(grid_of((40, 36, 30), codes="SLA"))
+    whole = prepare(volume, SPEC, CPU)
+    scores = smooth_scores(whole.geometry.size, 3)
+    one, several = restore(scores[1:2] - 0.4, whole), restore(scores, whole)
+    monkeypatch.setattr("ctseg.workers.available_cpus", lambda: cpus)
+    monkeypatch.setattr(preprocess, "SLAB_VOXELS", 4 * 3 * 40 * 36)
+    scratch = tmp_path if on_disk else None
+    assert torch.equal(prepare(volume, SPEC, CPU, scratch).image_XYZ, whole.image_XYZ)
+    np.testing.assert_array_equal(restore(scores[1:2] - 0.4, whole, scratch), one)
+    np.testing.assert_array_equal(restore(scores, whole, scratch), several)
+
+
 def test_a_grid_too_large_to_be_a_ct_is_refused() -> None:
     """64^3 voxels that claim a metre each: without the check torch would be asked for 220 TB."""
     grid = grid_of((64, 64, 64), (1000.0, 1000.0, 1000.0))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ctseg import workers
-from ctseg.workers import in_parallel, in_threads, num_workers
+from ctseg.workers import free_threads, in_parallel, in_threads, num_workers
 
 GB = 10**9
 
@@ -115,3 +115,10 @@ def test_in_threads_raises_what_the_work_raises_and_begins_no_more(threads: int)
 def test_in_threads_two_run_at_once():
     meeting = threading.Barrier(2, timeout=20)
     in_threads(lambda _: meeting.wait(), range(4), 2)
+
+
+def test_one_of_several_workers_takes_one_thread(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(workers, "available_cpus", lambda: 6)
+    assert [free_threads(most) for most in (1, 4, 8)] == [1, 4, 6]
+    assert dict(in_parallel(lambda _: free_threads(4), range(3), 2)) == {0: 1, 1: 1, 2: 1}
+    assert free_threads(4) == 4

@@ -165,14 +165,22 @@ def program() -> None:
 
 
 def _end_at_once(code: int) -> None:
-    """Ends the process as Python does, but for modules and what still runs in threads; returns if output is lost."""
+    """Ends the process as Python does, but neither waits for threads nor takes modules apart.
+
+    What a thread may still do then is load a network that nothing was left for. Returns if output would be lost.
+    """
     atexit._run_exitfuncs()
     try:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    except OSError:  # a full disk or a closed pipe: Python's own ending tells it
+        _flush()
+    except (OSError, ValueError):  # a full disk or a closed stream: Python's own ending tells it
         return
     os._exit(code)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # it is None in a process that was started without
+            stream.flush()
 
 
 def _stop(*_: object) -> None:
@@ -191,6 +199,5 @@ def _leave_at_once_if_others_wait(code: int) -> None:
     """Ends one of several processes without PyTorch's farewell, which would wait for the others."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
+        _flush()
         os._exit(code)

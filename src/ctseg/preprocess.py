@@ -33,11 +33,10 @@ from ctseg.arrays import (
     zeros,
 )
 from ctseg.errors import ImageError
-from ctseg.limits import available_cpus
 from ctseg.scratch import SLAB_VOXELS, new_array, release
 from ctseg.specs import Preprocess
 from ctseg.volume import Geometry, Volume, orientation_to_ras, to_ras
-from ctseg.workers import in_threads
+from ctseg.workers import free_threads, in_threads
 
 if TYPE_CHECKING:
     import torch
@@ -301,16 +300,19 @@ def _resample(
 ) -> None:
     """Calls `use(start, slabs)` with pieces of all channels sampled by `taps`, as float32, cut along axis 0.
 
-    On the CPU several pieces at once are worked on, each in a thread. The parts that were read are released.
+    On the CPU several pieces at once are worked on, each in a thread, if together they are not larger than one slab.
+    The parts that were read are released.
     """
     planes, rows, columns = channels[0].shape
-    within_first = _makes_fewer_values_within_first((planes, rows, columns), [len(t) for t in taps])
-    between = planes * len(taps[1]) * columns // len(taps[0]) if within_first else rows * columns
-    threads = min(available_cpus(), MAX_THREADS) if device.type == "cpu" else 1
-    depth = max(1, SLAB_VOXELS // threads // max(between, len(taps[1]) * len(taps[2])))
+    to_planes, to_rows, to_columns = (len(t) for t in taps)
+    largest = len(channels) * max(rows * columns, to_rows * to_columns)
+    threads = max(1, min(free_threads(MAX_THREADS), SLAB_VOXELS // largest)) if device.type == "cpu" else 1
+    within_first = _makes_fewer_values_within_first(channels[0].shape, [len(t) for t in taps])
+    between = planes * to_rows * columns // to_planes if within_first else rows * columns
+    depth = max(1, SLAB_VOXELS // threads // max(between, to_rows * to_columns))
 
     def work(start: int) -> None:
-        part = taps[0].part(start, min(start + depth, len(taps[0])))
+        part = taps[0].part(start, min(start + depth, to_planes))
         first, last = int(part.low.min()), int(part.high.max())
         along, slabs = [part.shifted(first), taps[1], taps[2]], []
         for source in channels:
@@ -322,15 +324,20 @@ def _resample(
             slabs.append(values)
         use(start, slabs)
 
-    in_threads(work, range(0, len(taps[0]), depth), threads)
+    in_threads(work, range(0, to_planes, depth), threads)
 
 
 def _makes_fewer_values_within_first(shape: tuple[int, ...], sizes: list[int]) -> bool:
-    """Whether sampling the two axes of each plane before the axis across them makes fewer values on the way."""
+    """Whether sampling the two axes of each plane before the axis across them makes fewer values on the way.
+
+    Pieces are taken to have two planes: each samples another plane that its neighbour samples, too. The answer depends
+    on the shapes alone, so that rounding, and with it the mask, is the same on every machine.
+    """
     planes, rows, columns = shape
     to_planes, to_rows, to_columns = sizes
     within = to_rows * columns + to_rows * to_columns
-    return planes * within + to_planes * to_rows * to_columns < to_planes * (rows * columns + within)
+    sampled = planes + to_planes / 2
+    return sampled * within + to_planes * to_rows * to_columns < to_planes * (rows * columns + within)
 
 
 def _line(source: Geometry, grid: Geometry, axis: int) -> tuple[float, float]:

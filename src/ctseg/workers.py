@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -13,6 +14,7 @@ from ctseg.limits import available_cpus, memory_limit
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+_THREAD = threading.local()
 MEMORY_SHARE = 0.5
 """Cases that are worked on at once take at most this share of the free memory, by their headers."""
 MEMORY = Path("/proc/meminfo")
@@ -34,11 +36,21 @@ def in_parallel(
         while True:
             while waiting and len(running) < workers and not stop_requested():
                 item = waiting.popleft()
-                running[pool.submit(work, item)] = item
+                running[pool.submit(_in_worker, work, item)] = item
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 yield running.pop(future), future.result()
+
+
+def _in_worker(work: Callable[[Item], Result], item: Item) -> Result:
+    _THREAD.is_worker = True
+    return work(item)
+
+
+def free_threads(most: int) -> int:
+    """How many threads one piece of work may have: one where `in_parallel` does several at once, else all CPUs."""
+    return 1 if getattr(_THREAD, "is_worker", False) else min(available_cpus(), most)
 
 
 def in_threads(work: Callable[[Item], None], items: Sequence[Item], threads: int) -> None:

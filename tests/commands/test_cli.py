@@ -369,3 +369,13 @@ program()
     assert ended.returncode == code
     assert ended.stdout.endswith("farewell\n")
     assert ended.stdout.startswith("ctseg ") or "--nothing" in ended.stderr
+
+
+@pytest.mark.parametrize("closed", ["1>&-", "2>&-", "1>&- 2>&-"])
+@pytest.mark.parametrize(("arguments", "code"), [("recipes", 0), ("nothing", 2)])
+def test_a_process_without_stdout_or_stderr_ends_with_its_code(closed: str, arguments: str, code: int):
+    done = subprocess.run(
+        f"{sys.executable} -m ctseg {arguments} {closed}", shell=True, capture_output=True, check=False
+    )
+    assert done.returncode == code
+    assert b"Traceback" not in done.stderr

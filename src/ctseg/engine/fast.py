@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from ctseg.arrays import Array, array_namespace, to_numpy, to_work_on
 from ctseg.engine.windows import Blocks, Start
+from ctseg.preprocess import slabs_of
 
 UNDECIDED_LOGIT = 1.0
 """A voxel is undecided for a structure whose logit differs by less from the best other one: P from 0.27 to 0.73."""
@@ -71,9 +72,10 @@ def _count(
     counts_KSXYZ = xp.zeros((2, structures, *blocks.shape), dtype=xp.int64, device=device(total_CXYZ))
     for (x, y, z), block_CXYZ in blocks.cut(total_CXYZ):
         bound = float(windows_XYZ[x, y, z]) * UNDECIDED_LOGIT
-        for number, lead_XYZ in enumerate(_leads(block_CXYZ)):
-            counts_KSXYZ[0, number, x, y, z] = xp.count_nonzero(xp.abs(lead_XYZ) < bound)
-            counts_KSXYZ[1, number, x, y, z] = xp.count_nonzero(lead_XYZ > 0)
+        for box in slabs_of(block_CXYZ):
+            for number, lead_XYZ in enumerate(_leads(block_CXYZ[box])):
+                counts_KSXYZ[0, number, x, y, z] += xp.count_nonzero(xp.abs(lead_XYZ) < bound)
+                counts_KSXYZ[1, number, x, y, z] += xp.count_nonzero(lead_XYZ > 0)
     undecided_SXYZ, found_SXYZ = to_numpy(counts_KSXYZ)
     return undecided_SXYZ, found_SXYZ
 

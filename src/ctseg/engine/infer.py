@@ -248,7 +248,7 @@ def _case_errors(work: _Work, device: torch.device) -> Iterator[None]:
 
 
 def _draw(job: Job, case: ReadCase, mask: NDArray[np.uint8], model: Model) -> None:
-    from ctseg.report.overlay import draw_overlay  # not at the top: few runs draw, and its libraries take long
+    from ctseg.report.overlay import draw_overlay  # not at the top: few runs draw
 
     stem = image_stem(job.mask)
     title = job.image.name if job.series is None else stem  # a folder may be called as the patient is

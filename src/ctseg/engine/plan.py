@@ -17,7 +17,7 @@ from ctseg.arrays import as_asked, zeros
 from ctseg.engine.cache import Entry, cache_key, read_entry, write_entry
 from ctseg.engine.cases import case_extent, needs_voxels
 from ctseg.engine.clock import Clock
-from ctseg.engine.compiled import library_version
+from ctseg.engine.compiled import VERSION, library_version
 from ctseg.engine.model import Model
 from ctseg.engine.predict import IN_MEMORY, Placement, window_logits
 from ctseg.engine.process import cpu_kind, give_back_memory, resident_bytes
@@ -71,7 +71,7 @@ class Plan:
         way: PLAIN, VOLUMES, ALL, TOO_LARGE or UNREADABLE.
         error: Why it cannot be done, if so.
         size: Of the CT, in voxels.
-        windows: Calls of the network.
+        windows: Calls of the network; with `--fast` at most, as only the run itself shows which it leaves out.
         seconds: In all.
         memory_bytes: The most that the process has in memory.
         beside_bytes: Of memory while another CT goes through the network: it is read before, or its mask written after.
@@ -151,6 +151,7 @@ def _key(model: Model) -> str:
     facts = {
         "what": "cost of a window",
         "ctseg": ctseg.__version__,
+        "compiled": VERSION,
         "library": library_version(model.backend),
         "model": model.sha256,
         "backend": model.backend,
@@ -226,9 +227,7 @@ def plan_run(
             extent = case_extent(job, options)
             writing_bytes = _writing_bytes(job, extent, overlays)
             keep = needs_voxels(options, overlays=overlays)
-            plan = plan_case(
-                model, extent, cost, allowed, scratch, writing_bytes=writing_bytes, keep=keep, fast=options.fast
-            )
+            plan = plan_case(model, extent, cost, allowed, scratch, writing_bytes=writing_bytes, keep=keep)
         except ImageError as error:
             plan = Plan(image=job.image, way=UNREADABLE, error=str(error))
         if plan.error and str(job.image) not in plan.error:
@@ -263,7 +262,6 @@ def plan_case(
     *,
     writing_bytes: int = 0,
     keep: bool = False,
-    fast: bool = False,
 ) -> Plan:
     """The first way that stays within `max_bytes`: in memory, the CT and its mask on disk, or the grids as well.
 
@@ -275,7 +273,6 @@ def plan_case(
         scratch: Folder for arrays on disk.
         writing_bytes: Of memory while the mask is written, wherever the arrays lie.
         keep: Whether the CT is needed until its mask is written, and not only until it is prepared.
-        fast: Whether windows may be left out; all are counted, as only the run itself shows which.
 
     Raises:
         ImageError: if the network's grid would have too many voxels.
@@ -285,8 +282,6 @@ def plan_case(
     windows = num_windows(grid, model.recipe.inference)
     seconds = windows * cost.seconds + SECONDS_PER_CASE + voxels * SECONDS_PER_VOXEL
     always_bytes = cost.base_bytes + int(cost.window_bytes * SPARE_SHARE) + SPARE_BYTES
-    if fast and model.runtime.device.type == "cpu":  # a byte for each structure says where it is undecided
-        always_bytes += (model.recipe.num_classes - 1) * math.prod(grid)
     for way, placement in _ways(scratch):
         stage_bytes, volume_bytes, disk_bytes = _bytes(model, extent, grid, placement, keep=keep)
         plan = Plan(

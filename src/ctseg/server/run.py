@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import logging
 import queue
 import socket
@@ -126,7 +127,9 @@ def start_log(quiet: bool) -> None:
         to_stderr = logging.StreamHandler()
         to_stderr.setFormatter(form)
         lines: queue.Queue[logging.LogRecord] = queue.Queue(MAX_UNWRITTEN)
-        QueueListener(lines, to_stderr).start()
+        listener = QueueListener(lines, to_stderr)
+        listener.start()
+        atexit.register(listener.stop)  # the last lines are written before the process ends
         handlers.append(_Dropping(lines))
     for handler in handlers:
         handler.setFormatter(form)
