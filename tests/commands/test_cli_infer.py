@@ -586,6 +586,22 @@ def test_a_dry_run_for_scripts(cli: Callable[..., Any], two_cts: None, tiny_mode
     assert case["seconds"] > 0
 
 
+@pytest.mark.skipif(find_spec("openvino") is None, reason="needs pip install 'ctseg[openvino]'")
+def test_a_dry_run_that_compiles_tells_what_the_next_run_needs(two_cts: None, tiny_model: Path, tmp_path: Path):
+    """Compiling brings torch and MONAI along, hundreds of megabytes that the run itself does not have."""
+    command = [sys.executable, "-m", "ctseg", "infer", "ct", "--output", "masks", "--model", str(tiny_model)]
+    command += ["--backend", "openvino", "--device", "cpu", "--dry-run", "--json", "--max-memory"]
+    environ = {**os.environ, "CTSEG_CACHE": str(tmp_path / "cache")}
+    environ.pop("CTSEG_ASKED_AGAIN", None)
+    asked = []
+    for limit, code in (("8G", 0), ("8G", 0), ("1M", 1)):
+        done = subprocess.run([*command, limit], cwd=tmp_path, env=environ, capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stderr
+        assert done.stderr.count("its network is compiled") == (not asked)
+        asked.append(json.loads(done.stdout)["cases"][0]["memory_bytes"])
+    assert asked[0] == pytest.approx(asked[1], rel=0.1)
+
+
 def test_a_dry_run_leaves_out_what_is_done(cli: Callable[..., Any], two_cts: None, tiny_model: Path):
     arguments = ("infer", "ct", "--output", "masks", "--model", tiny_model)
     assert cli(*arguments, "--quiet").code == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import subprocess
 import sys
 from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
@@ -43,6 +44,9 @@ from ctseg.workspace import resolve_model
 if TYPE_CHECKING:
     from ctseg.engine.infer import Outcome
     from ctseg.engine.plan import RunPlan
+
+ASKED_AGAIN = "CTSEG_ASKED_AGAIN"
+"""Environment variable: this process is the one that `_ask_again` has started."""
 
 
 def infer(
@@ -108,7 +112,7 @@ def infer(
             _infer_in_parts(gpus or 1, shard, path, as_json)
         return
     import_nibabel_alone()
-    from ctseg.engine.model import load_model, runtime_for
+    from ctseg.engine.model import compiled_just_now, load_model, runtime_for
     from ctseg.engine.process import stop_on_signal
 
     with (
@@ -118,6 +122,8 @@ def infer(
         make_progress(quiet) as progress,
     ):
         loaded = load_model(path, runtime, backend, progress.note)  # goes on in another thread meanwhile
+        if dry_run and compiled_just_now(loaded) and ASKED_AGAIN not in os.environ:
+            _ask_again()
         from ctseg.engine.infer import infer as run
         from ctseg.engine.plan import plan_run
 
@@ -187,6 +193,15 @@ def _infer_in_parts(gpus: int, shard: str | None, model: Path, as_json: bool) ->
     emit(answers.rows, _text(outcomes, model), as_json)
     if answers.failed:
         raise CasesFailed  # each process has told its own
+
+
+def _ask_again() -> None:
+    """Has a process of its own tell the plan, and ends with its code: compiling has left memory that no run needs."""
+    again = [sys.executable, "-m", "ctseg", *sys.argv[1:]]
+    done = subprocess.run(again, env={**os.environ, ASKED_AGAIN: "1"}, capture_output=True, text=True, check=False)
+    typer.echo(done.stdout, nl=False)
+    typer.echo(done.stderr, nl=False, err=True)
+    raise typer.Exit(done.returncode)
 
 
 def _part(shard: Shard) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -119,6 +120,12 @@ def _ready_host(path: Path, device: str, precision: str, backend: str | None, *,
         return None
     host = start_on_host(precision, fast=fast and fast_in_bfloat16(path, backend))
     return host if ready_without_torch(_sha256(path), host, backend) else None
+
+
+def compiled_just_now(model: Model) -> bool:
+    """Whether this process has torch, to compile the network or to look for a GPU, and the next one will do without."""
+    on_cpu = model.path.suffix == ".pt" and model.runtime.device.type == "cpu"
+    return on_cpu and "torch" in sys.modules and ready_without_torch(model.sha256, model.runtime, model.backend)
 
 
 def _sha256(path: Path) -> str:
