@@ -18,9 +18,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from stock import STAGES
 from timing import in_turn, machine, spread
 
-STAGES = ("read", "prepare", "network", "restore", "write")
+STAGES_OF_A_CT = STAGES[1:]
 
 
 def main() -> None:
@@ -46,10 +47,13 @@ def main() -> None:
         command += ["--backend", options.backend, "--precision", options.precision, "--device", options.device]
         runs = in_turn({"cohort": command}, options.repetitions)["cohort"]
     outcomes: list[list[dict[str, Any]]] = [run.printed for run in runs]
-    sums = {stage: [sum(one["stage_seconds"].get(stage, 0.0) for one in rows) for rows in outcomes] for stage in STAGES}
-    slowest = max(STAGES, key=lambda stage: statistics.median(sums[stage]))
+    sums = {
+        stage: [sum(one["stage_seconds"].get(stage, 0.0) for one in rows) for rows in outcomes]
+        for stage in STAGES_OF_A_CT
+    }
+    slowest = max(STAGES_OF_A_CT, key=lambda stage: statistics.median(sums[stage]))
     print(f"{options.number} CTs of {len(options.volume)} kinds")
-    for stage in STAGES:
+    for stage in STAGES_OF_A_CT:
         print(f"{stage:20}{spread(sums[stage]):>25} s in all")
     print(
         f"{'whole process':20}{spread([run.seconds for run in runs]):>25} s, of one CT: "

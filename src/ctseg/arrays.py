@@ -105,6 +105,12 @@ def strides_of(values: Array) -> tuple[int, ...]:
     return tuple(values.stride() if is_torch_array(values) else values.strides)
 
 
+def memory_order(values: Array) -> list[int]:
+    """The array's axes, slowest in memory first."""
+    strides = strides_of(values)
+    return sorted(range(len(strides)), key=lambda axis: -abs(strides[axis]))
+
+
 def release_array(values: Array) -> None:
     """`ctseg.scratch.release` for arrays of either library."""
     host = to_work_on(values)

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,8 +25,8 @@ from ctseg.arrays import (
     array_namespace,
     as_asked,
     device_of,
+    memory_order,
     release_array,
-    strides_of,
     to_device,
     to_numpy,
     to_work_on,
@@ -153,7 +153,7 @@ def prepare(volume: Volume, spec: Preprocess, device: torch.device, scratch: Pat
     """
     grid = network_geometry(volume.geometry, spec.spacing_mm)
     low, high = spec.hu_window
-    axes = _memory_order(volume.array)
+    axes = memory_order(volume.array)
     taps = [_to_network_grid(volume.geometry, grid, axis, device) for axis in axes]
     source = volume.array.transpose(axes)
     ras_axes = [orientation_to_ras(volume.geometry)[axis][0] for axis in axes]
@@ -252,8 +252,7 @@ def slabs_of(values_CXYZ: Array) -> Iterator[tuple[slice, slice, slice, slice]]:
 
     On a GPU it is the whole grid at once.
     """
-    strides = strides_of(values_CXYZ)
-    axis = max((1, 2, 3), key=lambda n: strides[n])
+    axis = 1 + memory_order(values_CXYZ[0])[0]
     length = values_CXYZ.shape[axis]
     on_cpu = device_of(values_CXYZ).type == "cpu"
     depth = max(1, SLAB_VOXELS * length // math.prod(values_CXYZ.shape)) if on_cpu else length
@@ -304,10 +303,10 @@ def _resample(
     The parts that were read are released.
     """
     planes, rows, columns = channels[0].shape
-    to_planes, to_rows, to_columns = (len(t) for t in taps)
+    to_planes, to_rows, to_columns = sizes = [len(t) for t in taps]
     largest = len(channels) * max(rows * columns, to_rows * to_columns)
     threads = max(1, min(free_threads(MAX_THREADS), SLAB_VOXELS // largest)) if device.type == "cpu" else 1
-    within_first = _makes_fewer_values_within_first(channels[0].shape, [len(t) for t in taps])
+    within_first = _makes_fewer_values_within_first(channels[0].shape, sizes)
     between = planes * to_rows * columns // to_planes if within_first else rows * columns
     depth = max(1, SLAB_VOXELS // threads // max(between, to_rows * to_columns))
 
@@ -360,8 +359,3 @@ def _to_source_grid(source: Geometry, grid: Geometry, axis: int, device: torch.d
     first, step = _line(source, grid, axis)
     positions = (np.arange(source.size[axis]) - first) / step
     return Taps.at(positions, grid.size[orientation_to_ras(source)[axis][0]], device)
-
-
-def _memory_order(array: NDArray[Any]) -> list[int]:
-    """The array's axes, slowest in memory first."""
-    return sorted(range(3), key=lambda axis: -abs(array.strides[axis]))

@@ -53,15 +53,12 @@ def free_threads(most: int) -> int:
     return 1 if getattr(_THREAD, "is_worker", False) else min(available_cpus(), most)
 
 
-def in_threads(work: Callable[[Item], None], items: Sequence[Item], threads: int) -> None:
-    """`work` of each item, so many at a time; what it raises is raised here, and then no more begin."""
+def in_threads(work: Callable[[Item], Result], items: Sequence[Item], threads: int) -> list[Result]:
+    """`work` of each item, in order, so many at a time; what it raises is raised here, and then no more begin."""
     if threads == 1 or len(items) == 1:
-        for item in items:
-            work(item)
-        return
+        return [work(item) for item in items]
     with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(work, items):
-            pass
+        return list(pool.map(work, items))
 
 
 def num_workers(memory_bytes: Sequence[int], wanted: int | None = None) -> int:

@@ -112,7 +112,7 @@ def infer(
             _infer_in_parts(gpus or 1, shard, path, as_json)
         return
     import_nibabel_alone()
-    from ctseg.engine.model import compiled_just_now, load_model, runtime_for
+    from ctseg.engine.model import load_model, next_run_is_leaner, runtime_for
     from ctseg.engine.process import stop_on_signal
 
     with (
@@ -122,7 +122,7 @@ def infer(
         make_progress(quiet) as progress,
     ):
         loaded = load_model(path, runtime, backend, progress.note)  # goes on in another thread meanwhile
-        if dry_run and compiled_just_now(loaded) and ASKED_AGAIN not in os.environ:
+        if dry_run and next_run_is_leaner(loaded) and ASKED_AGAIN not in os.environ:
             _ask_again()
         from ctseg.engine.infer import infer as run
         from ctseg.engine.plan import plan_run

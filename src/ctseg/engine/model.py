@@ -122,7 +122,7 @@ def _ready_host(path: Path, device: str, precision: str, backend: str | None, *,
     return host if ready_without_torch(_sha256(path), host, backend) else None
 
 
-def compiled_just_now(model: Model) -> bool:
+def next_run_is_leaner(model: Model) -> bool:
     """Whether this process has torch, to compile the network or to look for a GPU, and the next one will do without."""
     on_cpu = model.path.suffix == ".pt" and model.runtime.device.type == "cpu"
     return on_cpu and "torch" in sys.modules and ready_without_torch(model.sha256, model.runtime, model.backend)

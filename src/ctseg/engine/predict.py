@@ -21,8 +21,8 @@ from ctseg.arrays import (
     as_asked,
     cut_box,
     device_of,
+    memory_order,
     release_array,
-    strides_of,
     through_torch,
     to_work_on,
     zeros,
@@ -199,8 +199,7 @@ def _groups_as_needed(
 
 def _zeros_like(image_XYZ: Array, channels: int, scratch: Path | None) -> Array:
     """Zeros `[C, X, Y, Z]` with the image's order of axes in memory."""
-    strides = strides_of(image_XYZ)
-    slowest_first = sorted(range(3), key=lambda axis: strides[axis], reverse=True)
+    slowest_first = memory_order(image_XYZ)
     values = zeros((channels, *(image_XYZ.shape[axis] for axis in slowest_first)), device_of(image_XYZ), scratch)
     return array_namespace(values).permute_dims(values, (0, *(1 + slowest_first.index(n) for n in range(3))))
 

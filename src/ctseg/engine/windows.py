@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ctseg.arrays import Array, release_array, strides_of, to_work_on
+from ctseg.arrays import Array, memory_order, release_array, to_work_on
 from ctseg.specs import Inference
 
 Start = tuple[int, int, int]
@@ -56,8 +56,7 @@ class Blocks:
 
     def cut(self, values_CXYZ: Array) -> Iterator[tuple[Start, Array]]:
         """Each block's number along the axes and its values, in the order of memory; released after its turn."""
-        strides = strides_of(values_CXYZ)[1:]
-        slowest_first = sorted(range(3), key=lambda axis: strides[axis], reverse=True)
+        slowest_first = memory_order(values_CXYZ[0])
         for numbers in itertools.product(*(range(self.shape[axis]) for axis in slowest_first)):
             x, y, z = (numbers[slowest_first.index(axis)] for axis in range(3))
             to_x, to_y, to_z = (slice(cuts[n], cuts[n + 1]) for cuts, n in zip(self.cuts, (x, y, z), strict=True))

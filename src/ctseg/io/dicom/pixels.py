@@ -9,7 +9,6 @@ import hashlib
 import io
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,8 +25,8 @@ from ctseg.io.dicom.codestream import check_codestream
 from ctseg.io.dicom.frames import integer
 from ctseg.io.dicom.headers import MAX_FILE_BYTES, PixelPlace, read_bytes, reason
 from ctseg.io.dicom.series import Slice
-from ctseg.limits import available_cpus
 from ctseg.scratch import new_array, release
+from ctseg.workers import free_threads, in_threads
 
 MAX_THREADS = 8
 """More do not make a local disk faster."""
@@ -144,12 +143,8 @@ def _fill(array: NDArray[Any], slices: Sequence[Slice], planes: Sequence[int]) -
             release(plane)
         return facts
 
-    with ThreadPoolExecutor(min(available_cpus(), MAX_THREADS)) as pool:
-        try:
-            done = [facts for facts_of_file in pool.map(decode, _by_file(slices)) for facts in facts_of_file]
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    of_files = in_threads(decode, _by_file(slices), free_threads(MAX_THREADS))
+    done = [facts for of_file in of_files for facts in of_file]
     lows, highs, padding = zip(*done, strict=True)
     return Voxels(array, min(lows), max(highs), sum(padding))
 
