@@ -19,6 +19,27 @@ def test_nibabel_comes_without_pydicom_which_can_be_imported_later() -> None:
     subprocess.run([sys.executable, "-c", PROGRAM], check=True, timeout=60)
 
 
+def test_no_garbage_is_looked_for_while_importing_and_what_began_is_frozen_in_a_process_of_its_own() -> None:
+    program = """
+import gc
+from ctseg.lean import importing
+with importing():
+    assert not gc.isenabled()
+assert gc.isenabled() and gc.get_freeze_count() == 0
+import ctseg.__main__
+assert gc.isenabled() and gc.get_freeze_count() > 10_000
+before = gc.get_freeze_count()
+with importing():
+    more = [[] for _ in range(1000)]
+assert gc.isenabled() and gc.get_freeze_count() >= before + 1000
+gc.disable()
+with importing():
+    pass
+assert not gc.isenabled()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
 def test_a_command_imports_no_other_command() -> None:
     program = """
 import sys

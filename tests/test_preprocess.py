@@ -104,6 +104,24 @@ class Monai:
         return back.as_tensor() if isinstance(back, MetaTensor) else back
 
 
+class Arriving:
+    """The planes of a volume as a file gives them: in order, each once."""
+
+    def __init__(self, volume: Volume) -> None:
+        self.geometry = volume.geometry
+        self.finished = False
+        self._planes, self._asked = volume.array.T, (0, 0)
+
+    def planes(self, first: int, stop: int) -> NDArray[Any]:
+        assert self._asked[0] <= first < stop <= len(self._planes)
+        assert self._asked[1] <= stop
+        self._asked = (first, stop)
+        return self._planes[first:stop].copy()
+
+    def finish(self) -> None:
+        self.finished = True
+
+
 def assert_same_input(volume: Volume, spec: Preprocess = SPEC) -> None:
     prepared, monai = prepare(volume, spec, CPU), Monai(volume, spec)
     assert prepared.source is volume.geometry
@@ -111,6 +129,10 @@ def assert_same_input(volume: Volume, spec: Preprocess = SPEC) -> None:
     assert tuple(prepared.image_XYZ.shape) == prepared.geometry.size == tuple(monai.image.shape[1:])
     np.testing.assert_allclose(prepared.geometry.affine_ras, np.asarray(monai.image.affine), rtol=0, atol=1e-6)
     torch.testing.assert_close(prepared.image_XYZ, monai.image[0].as_tensor(), rtol=0, atol=1e-5)
+    arriving = Arriving(volume)
+    streamed = prepare(arriving, spec, CPU)
+    assert arriving.finished
+    torch.testing.assert_close(streamed.image_XYZ, monai.image[0].as_tensor(), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("codes", ORIENTATIONS)
@@ -248,6 +270,10 @@ def test_the_number_of_cpus_does_not_matter(
     monkeypatch.setattr(preprocess, "SLAB_VOXELS", 4 * 3 * 40 * 36)
     scratch = tmp_path if on_disk else None
     assert torch.equal(prepare(volume, SPEC, CPU, scratch).image_XYZ, whole.image_XYZ)
+    for codes in ("SLA", "LPS", "LPI"):  # along the patient, it takes the planes in order or in reverse
+        in_file_order = Volume(np.asfortranarray(volume.array), grid_of((40, 36, 30), codes=codes))
+        streamed = prepare(Arriving(in_file_order), SPEC, CPU, scratch).image_XYZ
+        assert torch.equal(streamed, prepare(in_file_order, SPEC, CPU).image_XYZ)
     np.testing.assert_array_equal(restore(scores[1:2] - 0.4, whole, scratch), one)
     np.testing.assert_array_equal(restore(scores, whole, scratch), several)
 
@@ -467,3 +493,14 @@ def test_a_coarse_grid_takes_little_beside_the_result(spacing_mm: tuple[float, f
         tracemalloc.stop()
     assert isinstance(prepared.image_XYZ, np.ndarray)
     assert peak_bytes - prepared.image_XYZ.nbytes < 40e6
+
+
+def test_what_proves_to_be_no_ct_at_its_end_is_not_prepared() -> None:
+    arriving = Arriving(noise(grid_of()))
+
+    def finish() -> None:
+        raise ImageError("the checksum is wrong")
+
+    arriving.finish = finish  # type: ignore[method-assign]
+    with pytest.raises(ImageError, match="the checksum is wrong"):
+        prepare(arriving, SPEC, CPU)

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,36 @@ def test_in_threads_raises_what_the_work_raises_and_begins_no_more(threads: int)
 def test_in_threads_two_run_at_once():
     meeting = threading.Barrier(2, timeout=20)
     in_threads(lambda _: meeting.wait(), range(4), 2)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_in_threads_takes_items_only_as_they_are_needed(threads: int) -> None:
+    """They may be large, and come from a file."""
+    taken, most = 0, 0
+    done: list[int] = []
+
+    def items() -> Iterator[int]:
+        nonlocal taken, most
+        for n in range(50):
+            taken, most = taken + 1, max(most, taken - len(done))
+            yield n
+
+    def work(n: int) -> int:
+        time.sleep(0.002)
+        done.append(n)
+        return n * n
+
+    assert in_threads(work, items(), threads) == [n * n for n in range(50)]
+    assert most <= 3 * threads  # some wait, some run, and some are done but not yet counted here
+
+
+def test_in_threads_what_items_raise_is_raised_here() -> None:
+    def items() -> Iterator[int]:
+        yield 1
+        raise OSError("no such file")
+
+    with pytest.raises(OSError, match="no such file"):
+        in_threads(lambda n: n, items(), 2)
 
 
 def test_one_of_several_workers_takes_one_thread(monkeypatch: pytest.MonkeyPatch):

@@ -1,5 +1,13 @@
-"""`python -m ctseg` is the same program as `ctseg`."""
+"""The program `ctseg`, which is also `python -m ctseg`."""
 
-from ctseg.cli import program
+import gc
 
-program()
+from ctseg.lean import importing
+
+with importing():
+    from ctseg.cli import program
+
+    gc.freeze()
+
+if __name__ == "__main__":
+    program()

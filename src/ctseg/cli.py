@@ -25,6 +25,7 @@ from typer.core import TyperGroup
 import ctseg
 from ctseg import slurm
 from ctseg.errors import CtsegError, Stopped
+from ctseg.lean import importing
 from ctseg.progress import printable
 
 EPILOG = (
@@ -81,7 +82,8 @@ class Commands(Mapping[str, Any]):
 @functools.cache
 def _command(name: str) -> Any:
     module_name, _, attribute = COMMANDS[name].partition(":")
-    module = importlib.import_module(f"ctseg.commands.{module_name}")
+    with importing():
+        module = importlib.import_module(f"ctseg.commands.{module_name}")
     command = getattr(module, attribute)
     if not isinstance(command, typer.Typer):
         alone = typer.Typer(add_completion=False, rich_markup_mode=None)

@@ -12,7 +12,7 @@ Shape suffixes: X Y Z the network's RAS grid, IJK the array axes of a file, C ch
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,7 +35,7 @@ from ctseg.arrays import (
 from ctseg.errors import ImageError
 from ctseg.scratch import SLAB_VOXELS, new_array, release
 from ctseg.specs import Preprocess
-from ctseg.volume import Geometry, Volume, orientation_to_ras, to_ras
+from ctseg.volume import Geometry, PlaneStream, Volume, orientation_to_ras, to_ras
 from ctseg.workers import free_threads, in_threads
 
 if TYPE_CHECKING:
@@ -142,20 +142,24 @@ def _times(values: Iterable[float]) -> str:
     return " x ".join(f"{value:.6g}" for value in values)
 
 
-def prepare(volume: Volume, spec: Preprocess, device: torch.device, scratch: Path | None = None) -> Prepared:
+def prepare(
+    volume: Volume | PlaneStream, spec: Preprocess, device: torch.device, scratch: Path | None = None
+) -> Prepared:
     """The network's input: RAS axes, `spec.spacing_mm`, `spec.hu_window` mapped to 0..1 and clipped.
 
     Args:
-        volume: CT in Hounsfield units, any axis order.
+        volume: CT in Hounsfield units, any axis order, or its planes while they are read.
         spec: Spacing and window.
         device: Where the work is done and the result lies.
         scratch: On the CPU, a folder on whose disk the result is to lie; None: in memory.
+
+    Raises:
+        ImageError: if the grid would be too large, or what was read proves to be damaged or no CT.
     """
     grid = network_geometry(volume.geometry, spec.spacing_mm)
     low, high = spec.hu_window
-    axes = memory_order(volume.array)
+    axes = memory_order(volume.array) if isinstance(volume, Volume) else [2, 1, 0]
     taps = [_to_network_grid(volume.geometry, grid, axis, device) for axis in axes]
-    source = volume.array.transpose(axes)
     ras_axes = [orientation_to_ras(volume.geometry)[axis][0] for axis in axes]
     image_XYZ, out = _image_and_source_order([len(t) for t in taps], ras_axes, device, scratch)
     xp = array_namespace(out)
@@ -168,7 +172,13 @@ def prepare(volume: Volume, spec: Preprocess, device: torch.device, scratch: Pat
         part[...] = xp.clip(slab, 0.0, 1.0)
         release_array(part)
 
-    _resample([source], taps, device, scale)
+    if isinstance(volume, Volume):
+        source = volume.array.transpose(axes)
+        _resample(1, source.shape, lambda first, stop: [source[first:stop]], taps, device, scale)
+    else:
+        shape = volume.geometry.size[::-1]
+        _resample(1, shape, lambda first, stop: [volume.planes(first, stop)], taps, device, scale)
+        volume.finish()
     return Prepared(as_asked(image_XYZ, device), grid, volume.geometry)
 
 
@@ -231,7 +241,8 @@ def restore(scores_CXYZ: Array, prepared: Prepared, scratch: Path | None = None)
         part[...] = to_numpy(slabs[0] > 0 if len(slabs) == 1 else _largest(slabs))
         release(part)
 
-    _resample(list(by_memory), taps, device, decide)
+    channels, *shape = by_memory.shape
+    _resample(channels, shape, lambda first, stop: list(by_memory[:, first:stop]), taps, device, decide)
     return labels
 
 
@@ -295,38 +306,49 @@ def _reach(taps: Taps, first: int, last: int) -> tuple[int, int]:
 
 
 def _resample(
-    channels: list[Array], taps: list[Taps], device: torch.device, use: Callable[[int, list[Array]], None]
+    channels: int,
+    shape: Sequence[int],
+    planes: Callable[[int, int], list[Array]],
+    taps: list[Taps],
+    device: torch.device,
+    use: Callable[[int, list[Array]], None],
 ) -> None:
     """Calls `use(start, slabs)` with pieces of all channels sampled by `taps`, as float32, cut along axis 0.
 
-    On the CPU several pieces at once are worked on, each in a thread, if together they are not larger than one slab.
-    The parts that were read are released.
+    `planes(first, stop)` gives those planes of every channel, of `shape` in all. It is called in this thread, with
+    ranges that ascend, so that they can be read from a file. On the CPU several pieces at once are worked on, each in a
+    thread, if together they are not larger than one slab. The parts that were read are released.
     """
-    planes, rows, columns = channels[0].shape
+    depth_in, rows, columns = shape
     to_planes, to_rows, to_columns = sizes = [len(t) for t in taps]
-    largest = len(channels) * max(rows * columns, to_rows * to_columns)
+    largest = channels * max(rows * columns, to_rows * to_columns)
     threads = max(1, min(free_threads(MAX_THREADS), SLAB_VOXELS // largest)) if device.type == "cpu" else 1
-    within_first = _makes_fewer_values_within_first(channels[0].shape, sizes)
-    between = planes * to_rows * columns // to_planes if within_first else rows * columns
+    within_first = _makes_fewer_values_within_first(shape, sizes)
+    between = depth_in * to_rows * columns // to_planes if within_first else rows * columns
     depth = max(1, SLAB_VOXELS // threads // max(between, to_rows * to_columns))
 
-    def work(start: int) -> None:
-        part = taps[0].part(start, min(start + depth, to_planes))
-        first, last = int(part.low.min()), int(part.high.max())
-        along, slabs = [part.shifted(first), taps[1], taps[2]], []
-        for source in channels:
-            stored = source[first : last + 1]
-            values = to_device(stored, device) if isinstance(stored, np.ndarray) else stored
+    def pieces() -> Iterator[tuple[int, Taps, list[Array]]]:
+        starts = range(0, to_planes, depth)
+        for start in starts if int(taps[0].low[0]) <= int(taps[0].low[-1]) else reversed(starts):
+            part = taps[0].part(start, min(start + depth, to_planes))
+            first, last = int(part.low.min()), int(part.high.max())
+            yield start, part.shifted(first), planes(first, last + 1)
+
+    def work(piece: tuple[int, Taps, list[Array]]) -> None:
+        start, along_planes, stored = piece
+        along, slabs = [along_planes, taps[1], taps[2]], []
+        for part in stored:
+            values = to_device(part, device) if isinstance(part, np.ndarray) else part
             for axis in (1, 2, 0) if within_first else (0, 1, 2):
                 values = along[axis].apply(values, axis)
-            release_array(stored)
+            release_array(part)
             slabs.append(values)
         use(start, slabs)
 
-    in_threads(work, range(0, to_planes, depth), threads)
+    in_threads(work, pieces(), threads)
 
 
-def _makes_fewer_values_within_first(shape: tuple[int, ...], sizes: list[int]) -> bool:
+def _makes_fewer_values_within_first(shape: Sequence[int], sizes: Sequence[int]) -> bool:
     """Whether sampling the two axes of each plane before the axis across them makes fewer values on the way.
 
     Pieces are taken to have two planes: each samples another plane that its neighbour samples, too. The answer depends

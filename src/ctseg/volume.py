@@ -11,7 +11,7 @@ Conventions, everywhere in ctseg:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -104,6 +104,18 @@ class Volume:
 
     array: NDArray[Any]
     geometry: Geometry
+
+
+class PlaneStream(Protocol):
+    """A CT whose planes across its third axis come one after another, in Hounsfield units; see `ctseg.io.stream`."""
+
+    geometry: Geometry
+
+    def planes(self, first: int, stop: int) -> NDArray[Any]:
+        """Planes `first` to `stop` - 1 as `[z, y, x]`; neither may lie before that of the last call."""
+
+    def finish(self) -> None:
+        """Raises ImageError if what came was no CT; nothing made of it may be used before."""
 
 
 def orientation_to_ras(geometry: Geometry) -> list[tuple[int, int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TypeVar
@@ -53,12 +53,25 @@ def free_threads(most: int) -> int:
     return 1 if getattr(_THREAD, "is_worker", False) else min(available_cpus(), most)
 
 
-def in_threads(work: Callable[[Item], Result], items: Sequence[Item], threads: int) -> list[Result]:
-    """`work` of each item, in order, so many at a time; what it raises is raised here, and then no more begin."""
-    if threads == 1 or len(items) == 1:
+def in_threads(work: Callable[[Item], Result], items: Iterable[Item], threads: int) -> list[Result]:
+    """`work` of each item, in order, so many at a time; what it raises is raised here, and then no more begin.
+
+    Items are taken in this thread, and at most one waits for each that is worked on: they may be read from a file.
+    """
+    if threads == 1:
         return [work(item) for item in items]
+    results: list[Result] = []
+    running: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(work, items))
+        try:
+            for item in items:
+                if len(running) == 2 * threads:
+                    results.append(running.popleft().result())
+                running.append(pool.submit(work, item))
+            return results + [future.result() for future in running]
+        finally:
+            for future in running:
+                future.cancel()
 
 
 def num_workers(memory_bytes: Sequence[int], wanted: int | None = None) -> int:

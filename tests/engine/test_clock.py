@@ -24,6 +24,15 @@ def test_stages_add_up_and_the_rest_is_waiting(ticks: None) -> None:
     assert clock.with_waiting() == {"read": 2, "write": 2, "waiting": 4}  # 8
 
 
+def test_what_one_stage_did_for_another_counts_there(ticks: None) -> None:
+    clock = Clock()
+    with clock.stage("prepare"):  # 1 to 4
+        for _ in range(2):
+            module.time.perf_counter()
+    clock.move(2, "prepare", "read")
+    assert clock.seconds == {"prepare": 1, "read": 2}
+
+
 def test_a_stage_that_fails_has_taken_its_time(ticks: None) -> None:
     clock = Clock()
     with pytest.raises(ZeroDivisionError), clock.stage("network"):

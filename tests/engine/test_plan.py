@@ -1,5 +1,6 @@
 """Plans: the first way that fits is taken, what does not fit is refused before it is read, and estimates hold."""
 
+import hashlib
 import json
 import math
 import os
@@ -11,12 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from ctseg.engine import plan as planning
 from ctseg.engine.infer import infer
 from ctseg.engine.model import Model
 from ctseg.engine.plan import (
     ALL,
+    MASK,
     PLAIN,
     SPARE_BYTES,
     TOO_LARGE,
@@ -104,6 +107,59 @@ def test_what_cannot_move_and_what_writing_takes_counts(tiny_model: Model) -> No
     assert plan(tiny_model, 1, writing_bytes=10**9).memory_bytes == BASE + SPARE_BYTES + 10**9
 
 
+STREAMS = replace(CT, streams=True)
+
+
+def test_a_ct_that_is_prepared_while_it_is_read_takes_no_memory(tiny_model: Model) -> None:
+    """What remains is the network's input, its logits, and in the end the mask beside a copy of them."""
+    made = plan(tiny_model, 1e12, STREAMS, streamed=True)
+    assert made.streamed
+    assert made.memory_bytes == pytest.approx(BASE + SPARE_BYTES + 2 * GRID + VOXELS, rel=1e-3)
+    assert made.beside_bytes == VOXELS
+    tight = plan(tiny_model, made.memory_bytes - 1, STREAMS, streamed=True)
+    assert (tight.way, tight.disk_bytes, tight.streamed) == (MASK, VOXELS, True)
+
+
+@pytest.mark.parametrize(
+    ("extent", "more"),
+    [
+        (CT, {"streamed": True}),
+        (STREAMS, {"streamed": False}),
+        (STREAMS, {"streamed": True, "keep": True}),
+    ],
+    ids=["it_cannot", "not_wanted", "its_voxels_are_needed_later"],
+)
+def test_a_ct_is_not_streamed_where(tiny_model: Model, extent: Extent, more: dict[str, bool]) -> None:
+    made = plan(tiny_model, 1e12, extent, **more)
+    assert not made.streamed
+    assert made.memory_bytes >= BASE + SPARE_BYTES + 48_000_000 + GRID
+
+
+def test_a_gpu_may_need_the_ct_twice(tiny_model: Model) -> None:
+    runtime = replace(tiny_model.runtime, device=torch.device("cuda"))
+    assert not plan(replace(tiny_model, runtime=runtime), 1e12, STREAMS, streamed=True).streamed
+
+
+def test_of_several_the_first_is_streamed_and_one_by_one_all_are(
+    tiny_model: Model, tiny_manifest: Manifest, tmp_path: Path, monkeypatch
+) -> None:
+    """While the network runs, the next CT is read; before the first there is nothing to run."""
+    monkeypatch.setattr(planning, "case_extent", lambda *_: STREAMS)
+    monkeypatch.setattr(planning, "measure_network", lambda _: COST)
+    jobs = jobs_of(tiny_manifest, tmp_path)
+    first, whole = plan(tiny_model, 1e12, STREAMS, streamed=True), plan(tiny_model, 1e12, STREAMS)
+    together = plan_run(tiny_model, jobs, PLAIN_OPTIONS, tmp_path, Silent(), max_bytes=10**12)
+    assert [case.streamed for case in together.cases] == [True, False, False]
+    assert [case.memory_bytes for case in together.cases] == [
+        first.memory_bytes + 48_000_000,
+        whole.memory_bytes + VOXELS + 48_000_000,
+        whole.memory_bytes + 48_000_000,
+    ]
+    alone = plan_run(tiny_model, jobs, PLAIN_OPTIONS, tmp_path, Silent(), max_bytes=first.memory_bytes)
+    assert not alone.overlap
+    assert [(case.streamed, case.memory_bytes) for case in alone.cases] == [(True, first.memory_bytes)] * 3
+
+
 def test_what_is_measured_is_remembered(tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     model = replace(tiny_model, sha256="measured")
     cost = network_cost(model)
@@ -173,6 +229,43 @@ def test_what_cannot_be_planned_is_not_read(
     assert (outcome.status, outcome.error) == ("failed", f"'{job.image}': its grid is too large")
 
 
+@pytest.mark.parametrize("overlap", [True, False])
+def test_masks_of_streamed_cts_are_those_of_whole_ones(
+    tiny_model: Model, tiny_manifest: Manifest, tmp_path: Path, monkeypatch, overlap: bool
+) -> None:
+    monkeypatch.setattr("ctseg.engine.infer.read_case", lambda *_: pytest.fail("it is to be streamed"))
+    jobs = jobs_of(tiny_manifest, tmp_path)
+    plans = {job.mask: Plan(image=job.image, way=PLAIN, streamed=True) for job in jobs}
+    outcomes = infer(tiny_model, jobs, tmp_path, Silent(), plans=plans, overlap=overlap)
+    for job, outcome in zip(jobs, outcomes, strict=True):
+        expected = predict(tiny_model, read_image(job.image))
+        assert 0 < expected.mean() < 1
+        np.testing.assert_array_equal(read_labels(job.mask).array, expected)
+        assert outcome.volumes_ml == {"spleen": pytest.approx(int(expected.sum()) * 0.125)}
+        assert list(outcome.stage_seconds) == ["read", "prepare", "network", "restore", "write", "waiting"]
+        assert min(outcome.stage_seconds.values()) >= 0
+    record = json.loads((tmp_path / "ctseg_run.json").read_text())["cases"]
+    digests = [hashlib.sha256(job.image.read_bytes()).hexdigest() for job in jobs]
+    assert [case["sha256"] for case in record] == digests
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_damaged_ct_fails_alone_streamed_or_not(
+    tiny_model: Model, tiny_manifest: Manifest, tmp_path: Path, streamed: bool
+) -> None:
+    """Its checksum is the last thing to be read, when all else of it is prepared."""
+    jobs = jobs_of(tiny_manifest, tmp_path / "out")
+    data = jobs[1].image.read_bytes()
+    bad = tmp_path / "bad.nii.gz"
+    bad.write_bytes(data[:-8] + bytes(4) + data[-4:])
+    jobs[1] = replace(jobs[1], image=bad)
+    plans = {job.mask: Plan(image=job.image, way=PLAIN, streamed=streamed) for job in jobs}
+    outcomes = infer(tiny_model, jobs, tmp_path / "out", Silent(), plans=plans)
+    assert [outcome.status for outcome in outcomes] == ["done", "failed", "done"]
+    assert outcomes[1].error.startswith(f"cannot read '{bad}': the compressed data are damaged (CRC check failed")
+    assert not jobs[1].mask.exists()
+
+
 @pytest.mark.parametrize("placement", ["volumes", "all"])
 def test_masks_of_a_run_on_disk_are_those_of_one_in_memory(
     tiny_model: Model, tiny_manifest: Manifest, tmp_path: Path, placement: str
@@ -216,25 +309,34 @@ def run_ctseg(folder: Path, *arguments: object) -> tuple[str, str, int]:
 
 @pytest.mark.slow
 def test_the_memory_that_was_promised_is_kept(made_checkpoint, tiny_recipe: Recipe, tmp_path: Path) -> None:
-    """CTs of 105 and 157 MB, in memory and under a limit that they only fit on disk: equal masks, peaks below."""
+    """CTs of 105 and 157 MB: beside each other, one after another as they are read, and with masks on disk."""
     (tmp_path / "ct").mkdir()
     for number, slices in enumerate((200, 300)):
         array = np.random.default_rng(0).integers(-200, 300, (slices, 512, 512), dtype=np.int16).T
         write_image(tmp_path / "ct" / f"{number}.nii", Volume(array, Geometry(array.shape, np.eye(4))))
-    common = ("infer", "ct", "--model", made_checkpoint(tiny_recipe, tmp_path / "model.pt"), "--device", "cpu")
-    run_ctseg(tmp_path, *common, "--output", "none", "--dry-run")  # the first run compiles, and holds more
-    planned = json.loads(run_ctseg(tmp_path, *common, "--output", "none", "--dry-run", "--json")[0])["cases"]
-    needed = max(case["memory_bytes"] for case in planned)
-    limit = needed - 260 * 10**6  # without the smaller CT beside it, and less than the larger CT and its mask
-    _, in_memory, most = run_ctseg(tmp_path, *common, "--output", "a")
-    _, on_disk, least = run_ctseg(tmp_path, *common, "--output", "b", "--max-memory", limit)
-    assert "memory is limited" not in in_memory
-    assert "1.nii: CT and mask on disk, as memory is limited" in on_disk
-    assert most <= needed
-    assert least <= limit
-    for name in ("0_seg.nii", "1_seg.nii"):
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    assert {path.name for path in (tmp_path / "b").iterdir()} == {"ctseg_model.json", "0_seg.nii", "1_seg.nii"}
+    common = ("--model", made_checkpoint(tiny_recipe, tmp_path / "model.pt"), "--device", "cpu")
+    dry_run = (*common, "--output", "none", "--dry-run")
+    run_ctseg(tmp_path, "infer", "ct", *dry_run)  # the first run compiles, and holds more
+
+    def needed(cts: str) -> int:
+        cases = json.loads(run_ctseg(tmp_path, "infer", cts, *dry_run, "--json")[0])["cases"]
+        return max(case["memory_bytes"] for case in cases)
+
+    together, alone = needed("ct"), needed("ct/1.nii")
+    limits = {"together": together, "alone": alone, "on_disk": alone - 60 * 10**6}  # of 79 MB for the larger mask
+    said = {}
+    for name, limit in limits.items():
+        told, output = ("--max-memory", limit), ("--output", name)
+        _, said[name], peak = run_ctseg(
+            tmp_path, "infer", "ct", *common, *output, *(told if name != "together" else ())
+        )
+        assert peak <= limit
+        for mask in ("0_seg.nii", "1_seg.nii"):
+            assert (tmp_path / name / mask).read_bytes() == (tmp_path / "together" / mask).read_bytes()
+        assert {path.name for path in (tmp_path / name).glob("*_seg.nii")} == {"0_seg.nii", "1_seg.nii"}
+    assert alone < together - 100 * 10**6
+    on_disk = "1.nii: mask on disk, as memory is limited"
+    assert [on_disk in text for text in said.values()] == [False, False, True]
 
 
 def test_measuring_leaves_the_model_as_it_was(tiny_model: Model, tiny_manifest: Manifest) -> None:

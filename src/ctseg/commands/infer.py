@@ -36,7 +36,7 @@ from ctseg.commands.common import (
 from ctseg.errors import CasesFailed, CtsegError
 from ctseg.files import folder_if_used, make_folder
 from ctseg.jobs import Options, Shard, choose_shard, find_jobs
-from ctseg.lean import import_nibabel_alone
+from ctseg.lean import import_nibabel_alone, importing
 from ctseg.progress import make_progress
 from ctseg.report.tables import render_table
 from ctseg.workspace import resolve_model
@@ -112,8 +112,9 @@ def infer(
             _infer_in_parts(gpus or 1, shard, path, as_json)
         return
     import_nibabel_alone()
-    from ctseg.engine.model import load_model, next_run_is_leaner, runtime_for
-    from ctseg.engine.process import stop_on_signal
+    with importing():
+        from ctseg.engine.model import load_model, next_run_is_leaner, runtime_for
+        from ctseg.engine.process import stop_on_signal
 
     with (
         _output_folder(output, part, dry_run),
@@ -124,8 +125,9 @@ def infer(
         loaded = load_model(path, runtime, backend, progress.note)  # goes on in another thread meanwhile
         if dry_run and next_run_is_leaner(loaded) and ASKED_AGAIN not in os.environ:
             _ask_again()
-        from ctseg.engine.infer import infer as run
-        from ctseg.engine.plan import plan_run
+        with importing():
+            from ctseg.engine.infer import infer as run
+            from ctseg.engine.plan import plan_run
 
         check_no_clicks(loaded.recipe, path)
         progress.note(f"model {path} on {runtime.describe()}, {loaded.backend}{', fast' if fast else ''}{_part(part)}")

@@ -16,8 +16,9 @@ from ctseg.errors import ImageError
 from ctseg.files import make_folder
 from ctseg.io import Extent
 from ctseg.io.images import check_ct, read_extent, read_image, write_labels
+from ctseg.io.stream import CTStream
 from ctseg.jobs import Job, Options
-from ctseg.volume import Volume
+from ctseg.volume import Geometry, Volume
 
 if TYPE_CHECKING:
     from zipfile import ZipExtFile
@@ -30,23 +31,24 @@ DICOM_FORMATS = ("dicom-seg", "rtstruct")
 
 @dataclass(frozen=True, eq=False)
 class ReadCase:
-    """A CT in memory.
+    """A CT in memory, or about to be read.
 
     Attributes:
-        volume: Hounsfield units.
+        volume: Hounsfield units; zeros that take no memory where its voxels are not held.
         dicom: The series it was made of, None for an image file.
         notes: What was odd about a DICOM series, and what was repaired.
+        stream: Its planes, where they are to be read while the CT is prepared.
     """
 
     volume: Volume
     dicom: DicomCT | None = None
     notes: tuple[str, ...] = ()
+    stream: CTStream | None = None
 
     @property
     def without_voxels(self) -> ReadCase:
         """What an image file of the mask needs: the CT's grid and the notes."""
-        geometry = self.volume.geometry
-        return ReadCase(Volume(np.broadcast_to(np.int16(0), geometry.size), geometry), None, self.notes)
+        return ReadCase(_no_voxels(self.volume.geometry), None, self.notes)
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,20 @@ def read_case(job: Job, options: Options, scratch: Path | None = None) -> ReadCa
     check_ct(dicom.volume, job.image)
     repaired = (f"repaired: {finding.text}" for finding in dicom.report.repaired)
     return ReadCase(dicom.volume, dicom, (*repaired, *(finding.text for finding in dicom.report.notes)))
+
+
+def open_case(job: Job) -> ReadCase:
+    """The CT of an image file that streams, see `Extent`, with only its header read.
+
+    Raises:
+        ImageError: if its header shows that it cannot be trusted.
+    """
+    stream = CTStream(job.image)
+    return ReadCase(_no_voxels(stream.geometry), stream=stream)
+
+
+def _no_voxels(geometry: Geometry) -> Volume:
+    return Volume(np.broadcast_to(np.int16(0), geometry.size), geometry)
 
 
 def needs_voxels(options: Options, *, overlays: bool) -> bool:

@@ -32,6 +32,11 @@ class Clock:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
+    def move(self, seconds: float, source: str, target: str) -> None:
+        """Counts seconds of one stage to another."""
+        self.seconds[source] -= seconds
+        self.seconds[target] = self.seconds.get(target, 0.0) + seconds
+
     def with_waiting(self) -> dict[str, float]:
         """Seconds of each stage, and under "waiting" those since the clock was made that belong to none."""
         elapsed = time.perf_counter() - self._started

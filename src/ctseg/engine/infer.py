@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from ctseg.engine.cases import Digest, ReadCase, digest_input, needs_voxels, read_case, write_mask
+from ctseg.engine.cases import Digest, ReadCase, digest_input, needs_voxels, open_case, read_case, write_mask
 from ctseg.engine.clock import Clock
 from ctseg.engine.folder import claim, drop_old_failures, record_failure
 from ctseg.engine.model import Model
@@ -29,7 +29,7 @@ from ctseg.jobs import PLAIN, Job, Options, Shard
 from ctseg.manifest import image_stem
 from ctseg.progress import Progress
 from ctseg.scratch import count_values
-from ctseg.volume import Volume
+from ctseg.volume import PlaneStream, Volume
 
 if TYPE_CHECKING:
     import torch
@@ -67,14 +67,15 @@ class _Work:
     skipped: bool
     clock: Clock = field(default_factory=Clock)
     case: ReadCase | None = None
+    hashing: Future[Digest] | None = None
     digest: Digest | None = None
     mask: NDArray[np.uint8] | None = None
     error: str = ""
 
-    def take_volume(self, *, keep: bool) -> Volume:
+    def take_volume(self, *, keep: bool) -> Volume | PlaneStream:
         """The CT; from now on only its grid is held here, unless its voxels are to be kept."""
         assert self.case is not None
-        volume = self.case.volume
+        volume = self.case.stream or self.case.volume
         if not keep:
             self.case = self.case.without_voxels
         return volume
@@ -133,12 +134,15 @@ def infer(
 
     facts = run_facts(model, options, shard, overwrite=overwrite, overlays=overlays)
     progress.start(f"segmenting with {model.recipe.name}", len(mine))
-    with open_run_manifest(output / shard.run_manifest, facts) as manifest:
+    with (
+        open_run_manifest(output / shard.run_manifest, facts) as manifest,
+        ThreadPoolExecutor(1, "ctseg-digest") as hasher,
+    ):
         run = overlapped if overlap else one_by_one
 
         def read(job: Job) -> _Work:
             work = _Work(job, plans.get(job.mask), skipped=job.is_done and not overwrite)
-            return work if work.skipped else _read(work, options, model.runtime.device)
+            return work if work.skipped else _read(work, options, model.runtime.device, hasher)
 
         def write(work: _Work) -> Outcome:
             outcome = _write(work, model, options, overlays)
@@ -182,14 +186,15 @@ def show_windows(progress: Progress, name: str, stop: Callable[[], None] = lambd
             progress.finish()
 
 
-def _read(work: _Work, options: Options, device: torch.device) -> _Work:
+def _read(work: _Work, options: Options, device: torch.device, hasher: Executor) -> _Work:
     with _case_errors(work, device), work.clock.stage("read"):
         if work.plan and work.plan.error:
             raise (NotEnoughMemory if work.plan.way == TOO_LARGE else ImageError)(work.plan.error)
-        with ThreadPoolExecutor(1, "ctseg-digest") as pool:
-            digest = pool.submit(digest_input, work.job)
+        work.hashing = hasher.submit(digest_input, work.job)
+        if work.plan and work.plan.streamed:
+            work.case = open_case(work.job)
+        else:
             work.case = read_case(work.job, options, work.placement.volumes)
-        work.digest = digest.result()
     return work
 
 
@@ -202,18 +207,26 @@ def _segment(
     name = work.job.image.name
     if work.plan and work.placement != IN_MEMORY:
         progress.note(f"{name}: {work.plan.way}, as memory is limited: {work.plan.describe()}")
-    with _case_errors(work, model.runtime.device), show_windows(progress, name, stop) as on_window:
+    stream = work.case.stream
+    with (
+        closing(stream) if stream is not None else nullcontext(),
+        _case_errors(work, model.runtime.device),
+        show_windows(progress, name, stop) as on_window,
+    ):
         take = partial(work.take_volume, keep=keep)
-        placement = work.placement
         work.mask = predict_taken(
             model,
             take,
             on_window,
             clock=work.clock,
-            placement=placement,
+            placement=work.placement,
             fast=options.fast,
             note=lambda told: progress.note(f"{name}: {told}"),
         )
+        if stream is not None:
+            work.clock.move(stream.seconds, "prepare", "read")
+        if work.hashing is not None:
+            work.digest = work.hashing.result()
     return work
 
 

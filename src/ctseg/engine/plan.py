@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -32,7 +33,7 @@ from ctseg.progress import Progress
 from ctseg.recipe import Recipe
 from ctseg.volume import orientation_to_ras
 
-PLAIN, VOLUMES, ALL = "in memory", "CT and mask on disk", "all on disk"
+PLAIN, VOLUMES, MASK, ALL = "in memory", "CT and mask on disk", "mask on disk", "all on disk"
 TOO_LARGE, UNREADABLE = "does not fit", "cannot be read"
 """Ways of a case. Masks are the same voxel for voxel; on disk takes longer."""
 SPARE_BYTES = 64 * 2**20
@@ -68,7 +69,7 @@ class Plan:
 
     Attributes:
         image: The CT.
-        way: PLAIN, VOLUMES, ALL, TOO_LARGE or UNREADABLE.
+        way: PLAIN, VOLUMES, MASK (where the CT is streamed), ALL, TOO_LARGE or UNREADABLE.
         error: Why it cannot be done, if so.
         size: Of the CT, in voxels.
         windows: Calls of the network; with `--fast` at most, as only the run itself shows which it leaves out.
@@ -77,6 +78,7 @@ class Plan:
         beside_bytes: Of memory while another CT goes through the network: it is read before, or its mask written after.
         disk_bytes: Of scratch files.
         placement: Where the arrays lie.
+        streamed: Whether the CT is prepared while it is read, and never in memory as a whole.
     """
 
     image: Path
@@ -89,6 +91,7 @@ class Plan:
     beside_bytes: int = 0
     disk_bytes: int = 0
     placement: Placement = IN_MEMORY
+    streamed: bool = False
 
     def describe(self) -> str:
         """Its memory and disk, for logs."""
@@ -220,24 +223,33 @@ def plan_run(
         return RunPlan((), max_bytes or 0, "")
     cost = measure_network(model) if measure or max_bytes is not None else network_cost(model)
     allowed, limited_by = (max_bytes, "--max-memory") if max_bytes else available_memory(resident_bytes())
-    plans = []
+    keep = needs_voxels(options, overlays=overlays)
+    alone: list[Plan] = []
+    ahead: list[Plan] = []
     progress.start("reading headers", len(jobs))
     for job in jobs:
         try:
             extent = case_extent(job, options)
             writing_bytes = _writing_bytes(job, extent, overlays)
-            keep = needs_voxels(options, overlays=overlays)
-            plan = plan_case(model, extent, cost, allowed, scratch, writing_bytes=writing_bytes, keep=keep)
+            plan_it = partial(plan_case, model, extent, cost, allowed, scratch, writing_bytes=writing_bytes, keep=keep)
+            streamed, whole = plan_it(streamed=True), plan_it()
         except ImageError as error:
-            plan = Plan(image=job.image, way=UNREADABLE, error=str(error))
-        if plan.error and str(job.image) not in plan.error:
-            plan = replace(plan, error=f"'{job.image}': {plan.error}")
-        plans.append(replace(plan, image=job.image))
+            streamed = whole = Plan(image=job.image, way=UNREADABLE, error=str(error))
+        alone.append(_named(streamed, job))
+        ahead.append(_named(whole, job) if ahead else alone[0])  # nothing goes through the network before the first
         progress.advance()
     progress.finish()
-    together = _overlapped(plans)
-    overlap = all(plan.memory_bytes <= allowed for plan in together if not plan.error)
-    return RunPlan(tuple(together if overlap else plans), allowed, limited_by, overlap, options.fast)
+    together = _overlapped(ahead)
+    overlap = all(
+        plan.way == by_itself.way and (plan.error or plan.memory_bytes <= allowed)
+        for plan, by_itself in zip(together, alone, strict=True)
+    )  # rather one after another than through the disk
+    return RunPlan(tuple(together if overlap else alone), allowed, limited_by, overlap, options.fast)
+
+
+def _named(plan: Plan, job: Job) -> Plan:
+    told = f"'{job.image}': {plan.error}" if plan.error and str(job.image) not in plan.error else plan.error
+    return replace(plan, image=job.image, error=told)
 
 
 def _overlapped(plans: Sequence[Plan]) -> list[Plan]:
@@ -262,6 +274,7 @@ def plan_case(
     *,
     writing_bytes: int = 0,
     keep: bool = False,
+    streamed: bool = False,
 ) -> Plan:
     """The first way that stays within `max_bytes`: in memory, the CT and its mask on disk, or the grids as well.
 
@@ -273,6 +286,7 @@ def plan_case(
         scratch: Folder for arrays on disk.
         writing_bytes: Of memory while the mask is written, wherever the arrays lie.
         keep: Whether the CT is needed until its mask is written, and not only until it is prepared.
+        streamed: Whether it is to be prepared while it is read, if it can be.
 
     Raises:
         ImageError: if the network's grid would have too many voxels.
@@ -281,8 +295,11 @@ def plan_case(
     grid = network_geometry(extent.geometry, model.recipe.preprocess.spacing_mm).size
     windows = num_windows(grid, model.recipe.inference)
     seconds = windows * cost.seconds + SECONDS_PER_CASE + voxels * SECONDS_PER_VOXEL
+    streamed = streamed and extent.streams and not keep and model.runtime.device.type == "cpu"
+    if streamed:
+        extent = replace(extent, held_bytes=0, reading_bytes=0)
     always_bytes = cost.base_bytes + int(cost.window_bytes * SPARE_SHARE) + SPARE_BYTES
-    for way, placement in _ways(scratch):
+    for way, placement in _ways(scratch, streamed=streamed):
         stage_bytes, volume_bytes, disk_bytes = _bytes(model, extent, grid, placement, keep=keep)
         plan = Plan(
             image=Path(),
@@ -294,6 +311,7 @@ def plan_case(
             beside_bytes=max(volume_bytes, writing_bytes),
             disk_bytes=disk_bytes,
             placement=placement,
+            streamed=streamed,
         )
         if plan.memory_bytes <= max_bytes:
             return plan
@@ -305,9 +323,9 @@ def plan_case(
     )
 
 
-def _ways(scratch: Path) -> Iterator[tuple[str, Placement]]:
+def _ways(scratch: Path, *, streamed: bool) -> Iterator[tuple[str, Placement]]:
     yield PLAIN, IN_MEMORY
-    yield VOLUMES, Placement(volumes=scratch)
+    yield MASK if streamed else VOLUMES, Placement(volumes=scratch)
     yield ALL, Placement(volumes=scratch, grids=scratch)
 
 

@@ -35,7 +35,7 @@ from ctseg.engine.runtime import memory_errors
 from ctseg.engine.windows import Start, average, window_starts
 from ctseg.preprocess import restore, slabs_of
 from ctseg.specs import Inference
-from ctseg.volume import Volume
+from ctseg.volume import PlaneStream, Volume
 
 OnWindow = Callable[[int, int], None]
 """Called after each network call with (calls done, calls in all); fast, the latter rises when more turn out needed."""
@@ -86,7 +86,7 @@ def predict(
 
 def predict_taken(
     model: Model,
-    take: Callable[[], Volume],
+    take: Callable[[], Volume | PlaneStream],
     on_window: OnWindow | None = None,
     *,
     clock: Clock | None = None,
@@ -95,6 +95,8 @@ def predict_taken(
     note: Callable[[str], None] = lambda _: None,
 ) -> NDArray[np.uint8]:
     """As `predict`, of the CT that `take` gives: unless somebody else holds it, its memory is free once prepared.
+
+    It may be read only now, plane by plane: on the CPU.
 
     `note` is told where a GPU has too little memory and what is done instead, see `ctseg.engine.ladder`.
     """

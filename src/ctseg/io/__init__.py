@@ -10,8 +10,9 @@ from __future__ import annotations
 import gzip
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any
 
@@ -69,12 +70,14 @@ class Extent:
         held_bytes: Of the voxels once they are read.
         reading_bytes: Of memory more, while they are read into memory.
         movable: Whether they can be read to disk instead, see `ctseg.scratch`.
+        streams: Whether it can be prepared while it is read, see `ctseg.io.stream`.
     """
 
     geometry: Geometry
     held_bytes: int
     reading_bytes: int = 0
     movable: bool = True
+    streams: bool = False
 
 
 def data_problems(
@@ -105,24 +108,59 @@ def read_array(path: Path, header: Header, scratch: Path | None = None) -> NDArr
         ImageError: if there are fewer or more bytes than the header promises, or a checksum is wrong.
     """
     array: NDArray[Any] = new_array(header.geometry.size[::-1], header.dtype, scratch).T
-    target = array.T.reshape(-1).view(np.uint8)
-    filled = 0
-    with path.open("rb") as file, stream_errors():
-        file.seek(header.file_offset)
-        for chunk in _chunks(file, header):
-            if filled + len(chunk) > len(target):
-                raise ImageError(f"more data than the {len(target)} bytes its header promises; {_DAMAGED}")
-            part = target[filled : filled + len(chunk)]
-            part[:] = np.frombuffer(chunk, np.uint8)
-            release(part)
-            filled += len(chunk)
-    if filled < len(target):
-        raise ImageError(f"truncated: {filled} of {len(target)} bytes of voxels; {_DAMAGED}")
+    with closing(VoxelStream(path, header)) as stream:
+        stream.fill(array.T)
+        stream.end()
     if not header.dtype.isnative:
         for slab in in_slabs(array):
             slab.byteswap(inplace=True)
         array = array.view(header.dtype.newbyteorder("="))
     return array
+
+
+class VoxelStream:
+    """The voxels of a file as they are stored, from the first to the last.
+
+    Methods raise ImageError if there are fewer or more bytes than the header promises, or a checksum is wrong.
+    """
+
+    def __init__(self, path: Path, header: Header) -> None:
+        self._num_bytes = math.prod(header.geometry.size) * header.dtype.itemsize
+        self._filled = 0
+        with ExitStack() as files:
+            file = files.enter_context(path.open("rb"))
+            with stream_errors():
+                file.seek(header.file_offset)
+                self._unpacked = _unpacked(file, header.encoding)
+                if header.skip:
+                    self._unpacked.seek(self._unpacked.tell() + header.skip)
+            self._close = files.pop_all().close
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._close()
+
+    def fill(self, array: NDArray[Any]) -> None:
+        """Puts the next voxels into an array in C order, which is released as it is filled."""
+        target = array.reshape(-1).view(np.uint8)
+        for start in range(0, len(target), _CHUNK_BYTES):
+            part = target[start : start + _CHUNK_BYTES]
+            filled = 0
+            while filled < len(part):
+                with stream_errors():
+                    count = self._unpacked.readinto(part[filled:].data)
+                if not count:
+                    have = self._filled + filled
+                    raise ImageError(f"truncated: {have} of {self._num_bytes} bytes of voxels; {_DAMAGED}")
+                filled += count
+            self._filled += filled
+            release(part)
+
+    def end(self) -> None:
+        """Looks at what follows the last voxel: nothing but a checksum that is right."""
+        with stream_errors():
+            if self._unpacked.readinto(bytearray(1)):
+                raise ImageError(f"more data than the {self._num_bytes} bytes its header promises; {_DAMAGED}")
 
 
 @contextmanager
@@ -151,24 +189,29 @@ def in_file_order(array: NDArray[Any]) -> Iterator[memoryview]:
         release(plane)
 
 
-def _chunks(file: IO[bytes], header: Header) -> Iterator[bytes]:
-    """The unpacked bytes of the voxels, to the end of the file."""
-    if header.encoding == "zlib":
-        yield from _inflate(file)
-        return
-    stream = igzip.IGzipFile(fileobj=file, mode="rb") if header.encoding == "gzip" else file
-    stream.seek(stream.tell() + header.skip)
-    while chunk := stream.read(_CHUNK_BYTES):
-        yield chunk
+def _unpacked(file: BufferedReader, encoding: str) -> Any:
+    """A stream of the unpacked bytes from here to the end of the file."""
+    if encoding == "zlib":
+        return _Inflating(file)
+    return igzip.IGzipFile(fileobj=file, mode="rb") if encoding == "gzip" else file
 
 
-def _inflate(file: IO[bytes]) -> Iterator[bytes]:
-    stream = isal_zlib.decompressobj()
-    while not stream.eof:
-        packed = stream.unconsumed_tail or file.read(_CHUNK_BYTES)
-        chunk = stream.decompress(packed, _CHUNK_BYTES)
-        if not packed and not chunk:
-            raise EOFError
-        yield chunk
-    if stream.unused_data or file.read(1):
-        raise ImageError(f"something follows the compressed voxels; {_DAMAGED}")
+class _Inflating:
+    """The bytes that a zlib stream holds; nothing may follow it in the file."""
+
+    def __init__(self, file: BufferedReader) -> None:
+        self._file, self._stream = file, isal_zlib.decompressobj()
+
+    def readinto(self, target: memoryview | bytearray) -> int:
+        """How many bytes were put into `target`, 0 at the end."""
+        while not self._stream.eof:
+            packed = self._stream.unconsumed_tail or self._file.read(_CHUNK_BYTES)
+            chunk = self._stream.decompress(packed, len(target))
+            if chunk:
+                target[: len(chunk)] = chunk
+                return len(chunk)
+            if not packed:
+                raise EOFError
+        if self._stream.unused_data or self._file.read(1):
+            raise ImageError(f"something follows the compressed voxels; {_DAMAGED}")
+        return 0

@@ -26,6 +26,9 @@ from ctseg.volume import Geometry, Volume
 SHEAR_TOLERANCE = 1e-3
 """Largest element of direction^T direction - I for axes that count as being at right angles."""
 
+MAX_EXACT_SHIFT = 2**23
+"""Integers of up to two bytes that are shifted by less are whole numbers in float32, too."""
+
 _READERS: dict[str, Callable[[Path], Header]] = {
     ".nii.gz": nifti.read_header,
     ".nii": nifti.read_header,
@@ -54,15 +57,23 @@ def read_extent(path: Path) -> Extent:
     Raises:
         ImageError: as `read_image`, for what the header shows.
     """
-    with _read_errors(path):
-        header = _read_header(path)
+    with read_errors(path):
+        header = checked_header(path)
     stored = held = header.dtype.itemsize
     if (header.slope, header.intercept) != (1.0, 0.0):
         shifted = header.slope == 1.0 and header.intercept.is_integer() and header.dtype.kind in "iu"
         held = max(stored, 2) if shifted else 4
     voxels = math.prod(header.geometry.size)
     in_place = held == stored and (held == 4 or header.dtype.kind in "iu")
-    return Extent(header.geometry, voxels * held, 0 if in_place else voxels * stored)
+    return Extent(header.geometry, voxels * held, 0 if in_place else voxels * stored, streams=can_stream(header))
+
+
+def can_stream(header: Header) -> bool:
+    """Whether every plane can be turned into Hounsfield units by itself, with the values that `read_image` gives."""
+    shifted = header.slope == 1.0 and header.intercept != 0.0 and header.intercept.is_integer()
+    if not shifted or header.dtype.kind == "f":
+        return True
+    return header.dtype.itemsize <= 2 and abs(header.intercept) < MAX_EXACT_SHIFT
 
 
 def read_image(path: Path, scratch: Path | None = None) -> Volume:
@@ -108,8 +119,8 @@ def read_geometry(path: Path) -> Geometry:
     Raises:
         ImageError: as `read_image`, for what the header shows.
     """
-    with _read_errors(path):
-        return _read_header(path).geometry
+    with read_errors(path):
+        return checked_header(path).geometry
 
 
 def write_labels(path: Path, labels: NDArray[np.uint8], geometry: Geometry) -> None:
@@ -162,6 +173,45 @@ def check_ct(volume: Volume, path: Path) -> None:
         raise ImageError(f"cannot read '{path}': every voxel is {low}: not a CT; is this the right file?")
 
 
+def checked_header(path: Path) -> Header:
+    """The header of an image file that obeys every rule.
+
+    Raises:
+        ImageError: naming every rule it breaks, but not the file: see `read_errors`.
+        OSError: if the file cannot be read.
+    """
+    suffix = _suffix(path)
+    if suffix not in _READERS:
+        what = OTHER_SUFFIXES.get(suffix)
+        reason = f"'{suffix}' is {what}" if what else "its suffix is unknown; convert it"
+        raise ImageError(f"{reason} (known: {', '.join(IMAGE_SUFFIXES)})")
+    if path.exists() and not path.is_file():
+        raise ImageError(f"it must be a file, got a {'folder' if path.is_dir() else 'device or pipe'}; name one image")
+    if path.stat().st_size == 0:
+        raise ImageError("the file is empty; copy it again from its source")
+    header = _READERS[suffix](path)
+    problems = [*header.problems, *grid_problems(header.geometry)]
+    if problems:
+        raise ImageError("; ".join(problems))
+    return header
+
+
+@contextmanager
+def read_errors(path: Path) -> Iterator[None]:
+    """Turns what reading can meet into an ImageError that names `path`; numpy is silent about NaN in headers."""
+    try:
+        with np.errstate(all="ignore"):
+            yield
+    except ImageError as error:
+        raise ImageError(f"cannot read '{path}': {error}") from error
+    except OSError as error:
+        raise ImageError(
+            f"cannot read '{path}': {error.strerror or error}; check the path and its permissions"
+        ) from error
+    except MemoryError as error:
+        raise ImageError(f"cannot read '{path}': not enough memory for its voxels; free some or crop it") from error
+
+
 def grid_problems(geometry: Geometry) -> list[str]:
     """A line for each rule the grid breaks: finite, positive spacing, right angles. Left-handed is fine."""
     if not np.isfinite(geometry.affine).all():
@@ -179,27 +229,10 @@ def grid_problems(geometry: Geometry) -> list[str]:
 
 
 def _read(path: Path, scratch: Path | None = None) -> Volume:
-    with _read_errors(path):
-        header = _read_header(path)
+    with read_errors(path):
+        header = checked_header(path)
         array = read_array(path, header, scratch)
         return Volume(_scaled(array, header.slope, header.intercept, scratch), header.geometry)
-
-
-def _read_header(path: Path) -> Header:
-    suffix = _suffix(path)
-    if suffix not in _READERS:
-        what = OTHER_SUFFIXES.get(suffix)
-        reason = f"'{suffix}' is {what}" if what else "its suffix is unknown; convert it"
-        raise ImageError(f"{reason} (known: {', '.join(IMAGE_SUFFIXES)})")
-    if path.exists() and not path.is_file():
-        raise ImageError(f"it must be a file, got a {'folder' if path.is_dir() else 'device or pipe'}; name one image")
-    if path.stat().st_size == 0:
-        raise ImageError("the file is empty; copy it again from its source")
-    header = _READERS[suffix](path)
-    problems = [*header.problems, *grid_problems(header.geometry)]
-    if problems:
-        raise ImageError("; ".join(problems))
-    return header
 
 
 def _suffix(path: Path) -> str:
@@ -207,22 +240,6 @@ def _suffix(path: Path) -> str:
     name = path.name.lower()
     known = (*IMAGE_SUFFIXES, *OTHER_SUFFIXES)
     return next((suffix for suffix in known if name.endswith(suffix)), path.suffix.lower())
-
-
-@contextmanager
-def _read_errors(path: Path) -> Iterator[None]:
-    """Turns what reading can meet into an ImageError that names `path`; numpy is silent about NaN in headers."""
-    try:
-        with np.errstate(all="ignore"):
-            yield
-    except ImageError as error:
-        raise ImageError(f"cannot read '{path}': {error}") from error
-    except OSError as error:
-        raise ImageError(
-            f"cannot read '{path}': {error.strerror or error}; check the path and its permissions"
-        ) from error
-    except MemoryError as error:
-        raise ImageError(f"cannot read '{path}': not enough memory for its voxels; free some or crop it") from error
 
 
 def _scaled(array: NDArray[Any], slope: float, intercept: float, scratch: Path | None) -> NDArray[Any]:
