@@ -386,3 +386,177 @@ def test_real_series(real_data: Path, store: Any, empty: Path, name: str) -> Non
     judge = reader.Execute()
     assert np.array_equal(volume.array, SimpleITK.GetArrayFromImage(judge).T)
     assert np.allclose(volume.geometry.origin_mm, judge.GetOrigin(), atol=1e-3)
+
+
+def as_form(params: dict[str, Any]) -> dict[str, tuple[None, str]]:
+    return {"params": (None, json.dumps(params))}
+
+
+def test_a_mask_as_dicom_seg_lies_on_the_series_images(dicom: SimpleNamespace, tmp_path: Path) -> None:
+    """highdicom's reader is the judge."""
+    import highdicom
+
+    answer = dicom.live.call("POST", f"/infer/spleen?image={dicom.uid}&output=dicom_seg", files=as_form({}))
+    assert answer.headers["Content-Type"] == "application/dicom"
+    (tmp_path / "mask.dcm").write_bytes(answer.content)
+    seg = highdicom.seg.segread(tmp_path / "mask.dcm")
+    assert [seg.get_segment_description(n).segment_label for n in seg.segment_numbers] == ["spleen"]
+    slices = [pydicom.dcmread(path) for path in (dicom.studies / "Muster_Maria").iterdir()]
+    frames = seg.get_pixels_by_source_instance([one.SOPInstanceUID for one in slices], combine_segments=True)
+    expected = np.stack([one.pixel_array * one.RescaleSlope + one.RescaleIntercept > 0 for one in slices])
+    assert 0 < expected.mean() < 1
+    np.testing.assert_array_equal(frames, expected)
+    assert seg.PatientID == slices[0].PatientID
+
+
+def test_label_info_names_the_segments_of_a_seg(dicom: SimpleNamespace, tmp_path: Path) -> None:
+    """OHIF's form; what clicks segment has no name of its own."""
+    for model, params in (("spleen", {}), ("deepgrow", {"foreground": [[12, 9, 8]], "background": []})):
+        form = as_form({**params, "label_info": [{"name": "milt"}]})
+        answer = dicom.live.call("POST", f"/infer/{model}?image={dicom.id}&output=dicom_seg", files=form)
+        (tmp_path / "mask.dcm").write_bytes(answer.content)
+        seg = pydicom.dcmread(tmp_path / "mask.dcm")
+        assert [segment.SegmentLabel for segment in seg.SegmentSequence] == ["milt"]
+        assert seg.pixel_array.any()
+    wrong = as_form({"label_info": ["milt"]})
+    status, reason = dicom.live.refused("POST", f"/infer/spleen?image={dicom.id}&output=dicom_seg", files=wrong)
+    assert (status, reason) == (422, "label_info: expected a list of objects with a name and an idx")
+
+
+def test_a_seg_of_another_file_is_refused(live: Any) -> None:
+    status, reason = live.refused("POST", "/infer/spleen?image=one&output=dicom_seg", files=as_form({}))
+    assert status == 422
+    assert reason == "output: dicom_seg needs a DICOM series, the image is another file; ask for output=image"
+
+
+@pytest.fixture
+def slices(tmp_path: Path) -> list[Path]:
+    """The files of a series, which nobody has sent yet."""
+    return sorted(write_series(tmp_path / "mine", plan()).iterdir())
+
+
+def test_slices_that_slicer_sends_one_by_one_become_an_image(
+    empty: Path, start: Callable[..., Any], connect: Callable[[Any], Any], slices: list[Path], monkeypatch
+) -> None:
+    """One alone, which is all that Slicer's own option sends, is kept but is no image."""
+    monkeypatch.setattr(finder, "SETTLED_NS", 0)
+    live = start()
+    client = connect(live)
+    ids = {client.upload_image(slices[0], "first")["image"]}
+    assert (empty / "first.dcm").read_bytes() == slices[0].read_bytes()
+    assert live.json("GET", "/datastore/")["total"] == 0
+    for path in slices[1:]:
+        ids.add(client.upload_image(path, path.stem)["image"])
+    (image_id,) = ids
+    assert live.json("GET", "/datastore/")["total"] == 1
+    image = live.service.datastore.image(image_id).read()
+    reader = SimpleITK.ImageSeriesReader()
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(slices[0].parent)))
+    np.testing.assert_array_equal(image.array, SimpleITK.GetArrayFromImage(reader.Execute()).T)
+    status, reason = live.refused(
+        "PUT", "/datastore/image?image=first", files={"file": ("a.dcm", slices[1].read_bytes())}
+    )
+    assert (status, "is there already" in reason) == (409, True)
+
+
+@pytest.mark.parametrize("way", ["file", "session"])
+def test_a_multi_frame_file_is_segmented_without_being_kept(
+    empty: Path, start: Callable[..., Any], tmp_path: Path, slices: list[Path], way: str
+) -> None:
+    live = start()
+    path = write_enhanced(tmp_path / "all.dcm", plan())
+    if way == "file":
+        answer = live.call(
+            "POST",
+            "/infer/spleen?output=dicom_seg",
+            files={**as_form({}), "file": ("all.dcm", path.read_bytes())},
+        )
+    else:
+        session = live.json("PUT", "/session/", files={"files": ("all.dcm", path.read_bytes())})["session_id"]
+        assert live.call("GET", f"/session/{session}?image=true").content == path.read_bytes()
+        answer = live.call("POST", f"/infer/spleen?session_id={session}&output=dicom_seg", files=as_form({}))
+        live.json("DELETE", f"/session/{session}")
+    (tmp_path / "mask.dcm").write_bytes(answer.content)
+    found = pydicom.dcmread(tmp_path / "mask.dcm").pixel_array
+    volume = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage([str(one) for one in slices])) > 0
+    assert found.sum() == volume.sum() > 0
+    assert [one.name for one in empty.iterdir()] == ["labels"]
+    assert not list(live.service.scratch.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "reason"),
+    [
+        (b"PK\x03\x04" + bytes(124) + b"DICM" + bytes(200), 415, "must be one DICOM file with its preamble"),
+        (bytes(300), 415, "must be one DICOM file with its preamble"),
+        (b"", 415, "must be one DICOM file with its preamble"),
+        (bytes(128) + b"DICM" + bytes(range(200)), 422, "expected one CT as a multi-frame DICOM file"),
+    ],
+    ids=["archive", "no_dicom", "empty", "noise"],
+)
+def test_what_only_says_it_is_dicom_is_refused(
+    live: Any, studies: Path, content: bytes, status: int, reason: str
+) -> None:
+    before = sorted(studies.rglob("*"))
+    for method, call, files in (
+        ("PUT", "/datastore/image", {"file": ("a.dcm", content)}),
+        ("PUT", "/session/", {"files": ("a.dcm", content)}),
+        ("POST", "/infer/spleen", {"file": ("a.dcm", content)}),
+    ):
+        found = live.refused(method, call, files=files)
+        assert found[0] == status, call
+        assert reason in found[1]
+    assert sorted(studies.rglob("*")) == before
+
+
+def test_an_mr_slice_and_a_damaged_one_are_refused(live: Any, tmp_path: Path, slices: list[Path]) -> None:
+    dataset = pydicom.dcmread(slices[0])
+    dataset.Modality = "MR"
+    dataset.save_as(tmp_path / "mr.dcm")
+    data = slices[0].read_bytes()
+    (tmp_path / "short.dcm").write_bytes(data[: len(data) * 2 // 3])
+    for name in ("mr.dcm", "short.dcm"):
+        content = (tmp_path / name).read_bytes()
+        assert live.refused("PUT", "/datastore/image", files={"file": (name, content)})[0] == 422
+
+
+def test_one_slice_alone_is_not_segmented(live: Any, slices: list[Path]) -> None:
+    files = {"file": ("a.dcm", slices[0].read_bytes())}
+    status, reason = live.refused("POST", "/infer/spleen", files=files)
+    assert (status, "multi-frame DICOM file (single)" in reason) == (422, True)
+
+
+def test_a_slice_may_not_be_larger_than_an_image(start: Callable[..., Any], slices: list[Path]) -> None:
+    live = start(max_voxels=100)
+    status, reason = live.refused("PUT", "/datastore/image", files={"file": ("a.dcm", slices[0].read_bytes())})
+    assert (status, "at most 100 voxels, got 480" in reason) == (413, True)
+
+
+def test_real_slices_sent_one_by_one_and_their_mask_as_seg(
+    real_data: Path, empty: Path, start: Callable[..., Any], tmp_path: Path, monkeypatch
+) -> None:
+    """highdicom's reader is the judge of the mask, SimpleITK of the voxels."""
+    import highdicom
+
+    monkeypatch.setattr(finder, "SETTLED_NS", 0)
+    with zipfile.ZipFile(real_data / "totalsegmentator_example" / "example_ct_dicom.zip") as archive:
+        archive.extractall(tmp_path / "unpacked")
+    files = [path for path in (tmp_path / "unpacked").rglob("*") if path.is_file()]
+    live = start()
+    for number, path in enumerate(files):
+        sent = {"file": (f"{number}.dcm", path.read_bytes())}
+        image_id = live.json("PUT", "/datastore/image", files=sent)["image"]
+    answer = live.call("POST", f"/infer/spleen?image={image_id}&output=dicom_seg", files=as_form({}))
+    (tmp_path / "mask.dcm").write_bytes(answer.content)
+    seg = highdicom.seg.segread(tmp_path / "mask.dcm")
+    headers = [pydicom.dcmread(path, stop_before_pixels=True) for path in files]
+    uids = [header.SOPInstanceUID or header.file_meta.MediaStorageSOPInstanceUID for header in headers]
+    frames = seg.get_pixels_by_source_instance(uids, combine_segments=True, assert_missing_frames_are_empty=True)
+    stored = [SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path)))[0] for path in files]
+    assert len(files) > 10
+    found = nibabel.Nifti1Image.from_bytes(
+        gzip.decompress(live.call("POST", f"/infer/spleen?image={image_id}&output=image", files=as_form({})).content)
+    )
+    assert frames.sum() == np.asarray(found.dataobj).sum() > 0
+    inside = np.stack(stored)[frames > 0]
+    assert inside.mean() > np.stack(stored)[frames == 0].mean() + 100  # bright voxels were marked

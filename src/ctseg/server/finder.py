@@ -16,11 +16,14 @@ from ctseg.io.dicom.files import MAX_FILES
 from ctseg.io.dicom.headers import pydicom_silent
 from ctseg.io.dicom.names import series_name
 from ctseg.io.dicom.read import Found, find_series, read_extent
+from ctseg.io.dicom.series import Series
 from ctseg.manifest import image_stem, is_image_name
 from ctseg.server.images import FileImage, Image, SeriesImage, parts_of
 from ctseg.server.texts import is_text
 
 LOG = logging.getLogger("ctseg.server")
+DICOM_SUFFIX = ".dcm"
+"""Of files that clients send; in the studies folder DICOM may be called anything."""
 SETTLED_NS = 2 * 10**9
 """A folder that changed this long ago shows every change in its time; clocks of file systems are coarse."""
 LOOK_SECONDS = 30.0
@@ -158,10 +161,42 @@ class _Place:
         except ImageError as error:
             LOG.warning("DICOM in the studies folder: one place cannot be searched: %s", type(error).__name__)
             return []
-        return _readable(found)
+        images, problems = _readable(found)
+        if problems:
+            told = ", ".join(f"{code} ({number})" for code, number in sorted(problems.items()))
+            LOG.warning("DICOM in the studies folder: CT series were left out: %s; `ctseg dicom ls` tells more", told)
+        return images
 
 
-def _readable(found: Found) -> list[SeriesImage]:
+def image_in_file(path: Path) -> Image:
+    """The CT in a file that a client has sent: an image file, or a DICOM multi-frame file.
+
+    Raises:
+        ImageError: if DICOM holds no CT that can be read.
+    """
+    if path.suffix != DICOM_SUFFIX:
+        return FileImage(path)
+    images, problems = _readable(find_series([path]))
+    if len(images) != 1:
+        why = ", ".join(sorted(problems)) or "none was found"
+        raise ImageError(f"file: expected one CT as a multi-frame DICOM file ({why}); `ctseg dicom ls` tells more")
+    return images[0]
+
+
+def lone_slice(path: Path) -> tuple[str, Series] | None:
+    """A series of one slice that may be sound, and its id; None if a DICOM file holds anything else.
+
+    It becomes an image with its neighbours.
+    """
+    found = find_series([path]).series
+    if len(found) != 1 or not found[0].is_ct or {problem.code for problem in found[0].problems} != {"single"}:
+        return None
+    with pydicom_silent():
+        return series_name(found[0], found, keep_identifiers=False), found[0]
+
+
+def _readable(found: Found) -> tuple[list[SeriesImage], Counter[str]]:
+    """The CT series that can be read, and what keeps how many others from it."""
     images, problems = [], Counter[str]()
     with pydicom_silent():
         for series in found.series:
@@ -176,10 +211,7 @@ def _readable(found: Found) -> list[SeriesImage]:
                 images.append(SeriesImage(name, series.uid, study_uid, parts_of(series), read_extent(series)))
             except ImageError:
                 problems["grid"] += 1
-    if problems:
-        told = ", ".join(f"{code} ({number})" for code, number in sorted(problems.items()))
-        LOG.warning("DICOM in the studies folder: CT series were left out: %s; `ctseg dicom ls` tells more", told)
-    return images
+    return images, problems
 
 
 def _is_zip(path: Path) -> bool:

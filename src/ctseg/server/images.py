@@ -129,13 +129,21 @@ class SeriesImage:
 
     def read(self) -> Volume:
         """See Image."""
+        return self.read_dicom().volume
+
+    def read_dicom(self) -> dicom.DicomCT:
+        """The CT and its images' headers.
+
+        Raises:
+            ImageError: if it cannot be trusted, is not a CT, or has changed.
+        """
         found = dicom.find_series(Path(file) for file in self._files)
         series = next((one for one in found.series if parts_of(one) == self.parts), None)
-        volume = None if series is None else dicom.read_series(series).volume
-        if volume is None or not volume.geometry.agrees_with(self.known.geometry):
+        ct = None if series is None else dicom.read_series(series)
+        if ct is None or not ct.volume.geometry.agrees_with(self.known.geometry):
             raise ImageError(f"image '{self.id}': its files have changed since they were listed; ask again in a minute")
-        check_ct(volume, Path(self.id))
-        return volume
+        check_ct(ct.volume, Path(self.id))
+        return ct
 
     def content(self) -> Path | bytes:
         """See Image."""

@@ -92,7 +92,7 @@ def put_label(
 ) -> dict[str, Any]:
     """On the image's grid; `label_info` in `params`, a list of `name` and `idx`, names its values."""
     given = plain_object(params)
-    with received(service, label, raw=True) as path:
+    with received(service, label, ".bin") as path:
         of = service.datastore.image(image)
         if path.suffix != ".bin":
             service.check_size(FileImage(path))

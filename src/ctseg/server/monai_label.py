@@ -18,6 +18,8 @@ from starlette.concurrency import run_in_threadpool
 
 import ctseg
 from ctseg.server.datastore import ORIGINAL
+from ctseg.server.dicom_seg import MEDIA_TYPE as SEG_MEDIA_TYPE
+from ctseg.server.dicom_seg import seg_writer
 from ctseg.server.masks import MEDIA_TYPES, result_form
 from ctseg.server.monai_data import STRATEGIES, FormJson, statistics
 from ctseg.server.own_api import ServiceHere
@@ -57,17 +59,22 @@ async def infer(
     model: str,
     image: str = "",
     session_id: str = "",
-    output: Literal["image", "json", "all"] | None = None,
+    output: Literal["image", "json", "all", "dicom_seg"] | None = None,
     params: FormJson = "{}",
     file: UploadFile | None = None,
 ) -> Response:
-    """A form with `params` and `image`, or one of them; `foreground` and `background` in `params` hold clicks."""
+    """A form with `params` and `image`, or one of them; `foreground` and `background` in `params` hold clicks.
+
+    `output=dicom_seg` is for images that are DICOM series; `label_info` in `params` may name the segments.
+    """
     served = service.model(model)
     given = plain_object(params)
     form = result_form(given)
     started = time.perf_counter()
     async with image_for(service, image=image, session_id=session_id, file=file) as found:
+        as_seg = seg_writer(service, served, found, given) if output == "dicom_seg" else None
         result = await segment_for(request, service, served, found, given)
+        seg = None if as_seg is None else await run_in_threadpool(as_seg, result.mask)
     if given.get("save_label") is True and image and not served.takes_clicks:
         names = served.names
         tag, save = str(given.get("label_tag", ORIGINAL)), service.datastore.save_label
@@ -76,6 +83,9 @@ async def infer(
     told = json.dumps(
         {"label_names": served.labels, "latencies": {"total": round(time.perf_counter() - started, 3)}, "model": model}
     )
+    if seg is not None:
+        headers = {"Content-Disposition": 'attachment; filename="mask.dcm"'}
+        return Response(seg, media_type=SEG_MEDIA_TYPE, headers=headers)
     if output == "json":
         return Response(told, media_type="application/json")
     content = await run_in_threadpool(form.content, result.mask, result.geometry)
@@ -107,8 +117,8 @@ def get_session(
     """When it was made and used; with `image` the file."""
     entry = service.uploads.get(session_id, touch=update_ts)
     if image:
-        kept = entry.content.image
-        return FileResponse(kept.path, media_type="application/octet-stream", filename=kept.name)
+        path = entry.content.path
+        return FileResponse(path, media_type="application/octet-stream", filename=path.name)
     return _session_info(session_id, entry)
 
 

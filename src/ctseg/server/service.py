@@ -24,7 +24,7 @@ from ctseg.engine.session import prepare_for_clicks, segment_prepared, voxel_of
 from ctseg.preprocess import Prepared
 from ctseg.server.cache import ByteCache
 from ctseg.server.datastore import Datastore
-from ctseg.server.images import FileImage, Image
+from ctseg.server.images import Image
 from ctseg.server.problems import Invalid, NotHere, TooLarge
 from ctseg.server.sessions import Sessions
 from ctseg.server.settings import Settings
@@ -99,9 +99,10 @@ class ClickSession:
 
 @dataclass(frozen=True)
 class Upload:
-    """An image that a client has sent for a session of its own; its folder goes with the session."""
+    """An image that a client has sent for a session of its own; the folder of its file goes with the session."""
 
-    image: FileImage
+    image: Image
+    path: Path
 
 
 @dataclass(eq=False)
@@ -148,13 +149,17 @@ class Service:
             TooLarge: if it has more voxels than the server takes, or unpacking it takes too much memory.
         """
         extent = self.cache.get(("extent", *image.version()), image.extent, lambda _: GRID_BYTES)
-        voxels, num_bytes = math.prod(extent.geometry.size), extent.held_bytes + extent.reading_bytes
-        if voxels > self.settings.max_voxels:
-            raise TooLarge(f"image: at most {self.settings.max_voxels} voxels, got {voxels}; crop it")
+        num_bytes = extent.held_bytes + extent.reading_bytes
+        self.check_voxels(math.prod(extent.geometry.size))
         if num_bytes > BYTES_PER_VOXEL * self.settings.max_voxels:
             limit = BYTES_PER_VOXEL * self.settings.max_voxels
             raise TooLarge(f"image: unpacking it takes {num_bytes} bytes, at most {limit}; store it as int16")
         return extent.geometry
+
+    def check_voxels(self, voxels: int) -> None:
+        """Raises TooLarge if an image may not have so many."""
+        if voxels > self.settings.max_voxels:
+            raise TooLarge(f"image: at most {self.settings.max_voxels} voxels, got {voxels}; crop it")
 
     def volume(self, image: Image) -> Volume:
         """A CT, from memory if it is there and the file has not changed."""
@@ -238,4 +243,4 @@ def open_service(settings: Settings, models: Sequence[tuple[str, Model]]) -> Ser
 
 
 def _remove(upload: Upload) -> None:
-    shutil.rmtree(upload.image.path.parent, ignore_errors=True)
+    shutil.rmtree(upload.path.parent, ignore_errors=True)

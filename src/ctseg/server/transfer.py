@@ -14,7 +14,8 @@ from starlette.concurrency import run_in_threadpool
 
 from ctseg.clicks import Click
 from ctseg.engine.session import voxel_of
-from ctseg.server.images import FileImage, Image
+from ctseg.server.finder import DICOM_SUFFIX, image_in_file
+from ctseg.server.images import Image
 from ctseg.server.masks import MEDIA_TYPES
 from ctseg.server.problems import Invalid
 from ctseg.server.service import MAX_CLICKS, Segmentation, Served, Service, Upload
@@ -35,7 +36,8 @@ async def image_for(
     """
     with ExitStack() as stack:
         if file is not None and file.filename:
-            yield FileImage(await run_in_threadpool(stack.enter_context, received(service, file)))
+            path = await run_in_threadpool(stack.enter_context, received(service, file, DICOM_SUFFIX))
+            yield await run_in_threadpool(image_in_file, path)
         elif session_id:
             yield service.uploads.get(session_id).content.image
         elif image:
@@ -52,13 +54,13 @@ def keep_upload(service: Service, file: UploadFile, seconds: int) -> str:
         ImageError: if it cannot be one.
     """
     service.uploads.check_room()
-    with received(service, file) as path:
-        service.check_size(FileImage(path))
+    with received(service, file, DICOM_SUFFIX) as path:
+        service.check_size(image_in_file(path))
         folder = service.scratch / f"session-{secrets.token_hex(8)}"
         folder.mkdir(mode=0o700)
         kept = folder / path.name
         shutil.move(path, kept)
-    return service.uploads.add(Upload(FileImage(kept)), seconds if seconds > 0 else None)
+    return service.uploads.add(Upload(image_in_file(kept), kept), seconds if seconds > 0 else None)
 
 
 async def segment_for(
