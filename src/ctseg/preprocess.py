@@ -65,6 +65,10 @@ class Prepared:
     source: Geometry
 
 
+Fill = Callable[[Callable[[int, int], None]], None]
+"""Fills an image piece by piece, and tells which planes are there, along the axis that is the source's slowest."""
+
+
 @dataclass(frozen=True, eq=False)
 class Taps:
     """Linear sampling along one axis: value n is `a[low[n]] * (1 - weight[n]) + a[high[n]] * weight[n]`."""
@@ -156,6 +160,15 @@ def prepare(
     Raises:
         ImageError: if the grid would be too large, or what was read proves to be damaged or no CT.
     """
+    prepared, fill = preparation(volume, spec, device, scratch)
+    fill(lambda *_: None)
+    return prepared
+
+
+def preparation(
+    volume: Volume | PlaneStream, spec: Preprocess, device: torch.device, scratch: Path | None
+) -> tuple[Prepared, Fill]:
+    """As `prepare`, but its image is zeros yet, and what fills it."""
     grid = network_geometry(volume.geometry, spec.spacing_mm)
     low, high = spec.hu_window
     axes = memory_order(volume.array) if isinstance(volume, Volume) else [2, 1, 0]
@@ -164,22 +177,25 @@ def prepare(
     image_XYZ, out = _image_and_source_order([len(t) for t in taps], ras_axes, device, scratch)
     xp = array_namespace(out)
 
-    def scale(start: int, slabs: list[Array]) -> None:
-        (slab,) = slabs
-        slab -= low
-        slab /= high - low
-        part = out[start : start + len(slab)]
-        part[...] = xp.clip(slab, 0.0, 1.0)
-        release_array(part)
+    def fill(on_part: Callable[[int, int], None]) -> None:
+        def scale(start: int, slabs: list[Array]) -> None:
+            (slab,) = slabs
+            slab -= low
+            slab /= high - low
+            part = out[start : start + len(slab)]
+            part[...] = xp.clip(slab, 0.0, 1.0)
+            release_array(part)
+            on_part(start, start + len(slab))
 
-    if isinstance(volume, Volume):
-        source = volume.array.transpose(axes)
-        _resample(1, source.shape, lambda first, stop: [source[first:stop]], taps, device, scale)
-    else:
-        shape = volume.geometry.size[::-1]
-        _resample(1, shape, lambda first, stop: [volume.planes(first, stop)], taps, device, scale)
-        volume.finish()
-    return Prepared(as_asked(image_XYZ, device), grid, volume.geometry)
+        if isinstance(volume, Volume):
+            source = volume.array.transpose(axes)
+            _resample(1, source.shape, lambda first, stop: [source[first:stop]], taps, device, scale)
+        else:
+            shape = volume.geometry.size[::-1]
+            _resample(1, shape, lambda first, stop: [volume.planes(first, stop)], taps, device, scale)
+            volume.finish()
+
+    return Prepared(as_asked(image_XYZ, device), grid, volume.geometry), fill
 
 
 def prepare_labels(labels: Volume, spec: Preprocess) -> NDArray[np.uint8]:

@@ -223,8 +223,6 @@ def _segment(
             fast=options.fast,
             note=lambda told: progress.note(f"{name}: {told}"),
         )
-        if stream is not None:
-            work.clock.move(stream.seconds, "prepare", "read")
         if work.hashing is not None:
             work.digest = work.hashing.result()
     return work

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from ctseg.arrays import (
     to_work_on,
     zeros,
 )
+from ctseg.arrival import arriving
 from ctseg.engine.clock import Clock
 from ctseg.engine.fast import covering, windows_to_refine
 from ctseg.engine.ladder import logits_within_memory, prepared_within_memory
@@ -35,10 +37,18 @@ from ctseg.engine.runtime import memory_errors
 from ctseg.engine.windows import Start, average, window_starts
 from ctseg.preprocess import restore, slabs_of
 from ctseg.specs import Inference
-from ctseg.volume import PlaneStream, Volume
+from ctseg.volume import PlaneStream, Volume, orientation_to_ras
 
 OnWindow = Callable[[int, int], None]
 """Called after each network call with (calls done, calls in all); fast, the latter rises when more turn out needed."""
+
+
+Ready = Callable[[int, int], None]
+"""Returns once the planes from the first number to before the second are there."""
+
+
+def all_there(_first: int, _stop: int) -> None:
+    """Of an image that is complete."""
 
 
 @dataclass(frozen=True)
@@ -96,23 +106,34 @@ def predict_taken(
 ) -> NDArray[np.uint8]:
     """As `predict`, of the CT that `take` gives: unless somebody else holds it, its memory is free once prepared.
 
-    It may be read only now, plane by plane: on the CPU.
+    It may be read only now, on the CPU: windows go through the network as soon as their planes are there.
 
     `note` is told where a GPU has too little memory and what is done instead, see `ctseg.engine.ladder`.
     """
     volume, clock, device = take(), clock or Clock(), model.runtime.device
     size = "x".join(map(str, volume.geometry.size))
     with memory_errors(f"a CT of {size} voxels", device):
-        with clock.stage("prepare", device):
-            prepared = prepared_within_memory(model, volume, placement.grids, note)
-            del volume
-        with clock.stage("network", device):
-            inference = model.recipe.inference
+        with ExitStack() as arrivals:
+            with clock.stage("prepare", device):
+                if isinstance(volume, Volume):
+                    prepared, arrival = prepared_within_memory(model, volume, placement.grids, note), None
+                else:
+                    coming = arriving(volume, model.recipe.preprocess, device, placement.grids)
+                    prepared, arrival = arrivals.enter_context(coming)
+                del volume
+            with clock.stage("network", device):
+                ready = all_there if arrival is None else arrival.wait
+                by = orientation_to_ras(prepared.source)[2]
 
-            def run(on: Model, image_XYZ: Array) -> Array:
-                return window_logits(on, image_XYZ, inference, on_window, placement.grids, fast=fast)
+                def run(on: Model, image_XYZ: Array) -> Array:
+                    inference, scratch = on.recipe.inference, placement.grids
+                    return window_logits(on, image_XYZ, inference, on_window, scratch, fast=fast, by=by, ready=ready)
 
-            logits = logits_within_memory(model, prepared.image_XYZ, run, note)
+                logits = logits_within_memory(model, prepared.image_XYZ, run, note)
+                if arrival is not None:
+                    arrival.wait_for_end()
+            if arrival is not None:
+                clock.move(arrival.seconds, "network", "read")
         prepared = replace(prepared, image_XYZ=logits[0, :0])  # makes room for the mask
         with clock.stage("restore", device):
             return restore(scores_from_logits(logits), prepared, placement.volumes)
@@ -142,19 +163,24 @@ def window_logits(
     scratch: Path | None = None,
     *,
     fast: bool = False,
+    by: tuple[int, int] = (0, 1),
+    ready: Ready = all_there,
 ) -> Array:
     """Averaged logits on the whole grid, float32 `[C, X, Y, Z]`; two classes give one channel: their difference.
 
     Where the image is smaller than the window, windows are padded with zeros, half before and half after it. Axes have
     the image's order in memory. On the CPU the logits lie on the disk of `scratch`, if it is given. `fast` leaves out
-    windows that would hardly change the mask.
+    windows that would hardly change the mask. Windows run in the order of their place along axis `by[0]`, ascending if
+    `by[1]` is 1, and each once `ready` has returned for its range there.
     """
     given, image_XYZ = image_XYZ, to_work_on(image_XYZ)
     asked = device_of(given)
     forward = model.forward if image_XYZ is given else through_torch(model.forward)
     xp = array_namespace(image_XYZ)
     shape, window = _size(image_XYZ.shape), inference.window_size
+    axis, sign = by
     starts = list(window_starts(_size(map(max, shape, window)), window, inference.overlap))
+    starts.sort(key=lambda start: sign * start[axis])
     num_classes = model.recipe.num_classes
     channels = 1 if num_classes == 2 else num_classes
     total_CXYZ = _zeros_like(image_XYZ, channels, scratch)
@@ -164,6 +190,7 @@ def window_logits(
     groups = _groups_as_needed(starts, window, total_CXYZ, batch) if fast else _groups(starts, batch)
     done: list[Start] = []
     for number, (group, calls) in enumerate(groups, start=1):
+        ready(min(start[axis] for start in group), max(start[axis] for start in group) + held[axis])
         logits_BCXYZ = forward(xp.stack([cut_box(image_XYZ, start, window) for start in group])[:, None])
         if logits_BCXYZ.shape[1] > channels:  # two classes, unless it is their difference already
             logits_BCXYZ = logits_BCXYZ[:, 1:] - logits_BCXYZ[:, :1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ class CTStream:
 
     Attributes:
         geometry: The CT's grid.
-        seconds: Spent on reading so far.
     """
 
     def __init__(self, path: Path) -> None:
@@ -37,7 +35,6 @@ class CTStream:
         if not can_stream(self._header):
             raise ImageError(f"'{path}' must be read as a whole; its header shifts wide integers")
         self.geometry: Geometry = self._header.geometry
-        self.seconds = 0.0
         self._path = path
         self._voxels: VoxelStream | None = None
         self._first, self._held = 0, self._empty(0)
@@ -49,7 +46,6 @@ class CTStream:
         Raises:
             ImageError: if the file is damaged.
         """
-        started = time.perf_counter()
         with read_errors(self._path):
             self._skip_to(first)
             held = self._held[first - self._first :]
@@ -57,7 +53,6 @@ class CTStream:
             planes[: len(held)] = held
             self._fill(planes[len(held) :])
         self._first, self._held = first, planes
-        self.seconds += time.perf_counter() - started
         return planes
 
     def finish(self) -> None:
@@ -66,7 +61,6 @@ class CTStream:
         Raises:
             ImageError: if the file cannot be trusted or is not a CT, as `read_image`.
         """
-        started = time.perf_counter()
         with read_errors(self._path):
             self._skip_to(self.geometry.size[2])
             self._open().end()
@@ -74,7 +68,6 @@ class CTStream:
         if not (np.isfinite(self._lowest) and np.isfinite(self._highest)) or self._lowest == self._highest:
             read_image(self._path)  # which tells what is wrong
             raise ImageError(f"cannot read '{self._path}': it changed while it was read; try again")
-        self.seconds += time.perf_counter() - started
 
     def close(self) -> None:
         """Closes the file, if it is open."""
