@@ -23,7 +23,7 @@ from ctseg import preprocess
 from ctseg.arrays import HOST
 from ctseg.errors import ImageError
 from ctseg.io.images import read_image, read_labels
-from ctseg.preprocess import Prepared, network_geometry, prepare, prepare_labels, restore
+from ctseg.preprocess import Prepared, network_geometry, prepare, prepare_labels, restored_planes
 from ctseg.specs import Preprocess
 from ctseg.volume import Geometry, Volume, to_ras
 
@@ -78,6 +78,13 @@ def grid_of(
     """A grid somewhere off the origin; `as_in_nifti` with the float32 affine that a NIfTI header holds."""
     grid = Geometry.from_parts(size, spacing_mm, (-71.3, 40.9, 1012.7), direction(codes, tilt_degrees))
     return Geometry(size, grid.affine.astype(np.float32).astype(np.float64)) if as_in_nifti else grid
+
+
+def restore(scores_CXYZ: Tensor, prepared: Prepared, scratch: Path | None = None) -> NDArray[np.uint8]:
+    """The mask, which must come as the same plane by plane."""
+    mask = preprocess.restore(scores_CXYZ, prepared, scratch)
+    np.testing.assert_array_equal(np.concatenate(list(restored_planes(scores_CXYZ, prepared))).T, mask)
+    return mask
 
 
 def noise(grid: Geometry) -> Volume:

@@ -12,10 +12,11 @@ Shape suffixes: X Y Z the network's RAS grid, IJK the array axes of a file, C ch
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,10 +37,12 @@ from ctseg.errors import ImageError
 from ctseg.scratch import SLAB_VOXELS, new_array, release
 from ctseg.specs import Preprocess
 from ctseg.volume import Geometry, PlaneStream, Volume, orientation_to_ras, to_ras
-from ctseg.workers import free_threads, in_threads
+from ctseg.workers import free_threads, in_order
 
 if TYPE_CHECKING:
     import torch
+
+Result = TypeVar("Result")
 
 MAX_VOXELS = 2**30
 """More on the network's grid is a damaged header, not a CT: a whole body at 1 mm has half of this."""
@@ -189,10 +192,11 @@ def preparation(
 
         if isinstance(volume, Volume):
             source = volume.array.transpose(axes)
-            _resample(1, source.shape, lambda first, stop: [source[first:stop]], taps, device, scale)
+            deque(_resampled(1, source.shape, lambda first, stop: [source[first:stop]], taps, device, scale), maxlen=0)
         else:
-            shape = volume.geometry.size[::-1]
-            _resample(1, shape, lambda first, stop: [volume.planes(first, stop)], taps, device, scale)
+            shape, planes = volume.geometry.size[::-1], volume.planes
+            parts = _resampled(1, shape, lambda *reach: [planes(*reach)], taps, device, scale, as_read=True)
+            deque(parts, maxlen=0)
             volume.finish()
 
     return Prepared(as_asked(image_XYZ, device), grid, volume.geometry), fill
@@ -227,20 +231,61 @@ def restore(scores_CXYZ: Array, prepared: Prepared, scratch: Path | None = None)
     neighbours on the network's grid has it: work is confined to that box, and the result is exactly that of
     resampling the whole volume.
     """
+    labels: NDArray[np.uint8] = new_array(prepared.source.size[::-1], np.uint8, scratch).T
+    found = _labelled(scores_CXYZ, prepared)
+    if found is not None:
+        target = labels.T[found.box]
+        for start, part in found.parts:
+            target[start : start + len(part)] = part
+            release(target[start : start + len(part)])
+    return labels
+
+
+def restored_planes(scores_CXYZ: Array, prepared: Prepared) -> Iterator[NDArray[np.uint8]]:
+    """What `restore` gives, piece by piece and never as a whole: `[k, j, i]` of the next planes along k, to the end."""
+    columns, rows, planes = prepared.source.size
+    found = _labelled(scores_CXYZ, prepared)
+    done = 0
+    if found is not None:
+        for start, part in found.parts:
+            first = found.box[0].start + start
+            yield from _unlabelled(first - done, rows, columns)
+            whole = np.zeros((len(part), rows, columns), dtype=np.uint8)
+            whole[:, found.box[1], found.box[2]] = part
+            yield whole
+            done = first + len(part)
+    yield from _unlabelled(planes - done, rows, columns)
+
+
+def _unlabelled(planes: int, rows: int, columns: int) -> Iterator[NDArray[np.uint8]]:
+    empty = np.zeros((max(1, min(planes, SLAB_VOXELS // (rows * columns))), rows, columns), dtype=np.uint8)
+    for start in range(0, planes, len(empty)):
+        yield empty[: planes - start]
+
+
+@dataclass(frozen=True, eq=False)
+class _Labelled:
+    """The box `[k, j, i]` of a CT that can hold labels, and its parts in order: their first plane in it, and labels."""
+
+    box: tuple[slice, slice, slice]
+    parts: Iterator[tuple[int, NDArray[np.uint8]]]
+
+
+def _labelled(scores_CXYZ: Array, prepared: Prepared) -> _Labelled | None:
+    """Where labels are; None if there are none."""
     scores_CXYZ, source = to_work_on(scores_CXYZ), prepared.source
     device = device_of(scores_CXYZ)
-    labels: NDArray[np.uint8] = new_array(source.size[::-1], np.uint8, scratch).T
     box = _label_box(scores_CXYZ)
     if box is None:
-        return labels
+        return None
     order = orientation_to_ras(source)
     taps, targets, crops = [], [], [slice(None)] * 3
-    for axis in (2, 1, 0):  # slowest axis of a Fortran-ordered array first
+    for axis in (2, 1, 0):  # slowest axis of a file first
         ras_axis = order[axis][0]
         full = _to_source_grid(source, prepared.geometry, axis, device)
         start, stop = _reach(full, *box[ras_axis])
         if start == stop:
-            return labels
+            return None
         part = full.part(start, stop)
         first, last = int(part.low.min()), int(part.high.max())
         crops[ras_axis] = slice(first, last + 1)
@@ -250,16 +295,14 @@ def restore(scores_CXYZ: Array, prepared: Prepared, scratch: Path | None = None)
     by_memory = array_namespace(cropped).permute_dims(cropped, (0, *(1 + order[axis][0] for axis in (2, 1, 0))))
     if isinstance(by_memory, np.ndarray) and by_memory.strides[1] < max(by_memory.strides[2:]):
         by_memory = np.ascontiguousarray(by_memory)  # slabs of it are read one after another
-    target = labels.transpose(2, 1, 0)[tuple(targets)]
 
-    def decide(start: int, slabs: list[Array]) -> None:
-        part = target[start : start + len(slabs[0])]
-        part[...] = to_numpy(slabs[0] > 0 if len(slabs) == 1 else _largest(slabs))
-        release(part)
+    def decide(start: int, slabs: list[Array]) -> tuple[int, NDArray[np.uint8]]:
+        decided = slabs[0] > 0 if len(slabs) == 1 else _largest(slabs)
+        return start, to_numpy(decided).view(np.uint8)
 
     channels, *shape = by_memory.shape
-    _resample(channels, shape, lambda first, stop: list(by_memory[:, first:stop]), taps, device, decide)
-    return labels
+    parts = _resampled(channels, shape, lambda first, stop: list(by_memory[:, first:stop]), taps, device, decide)
+    return _Labelled((targets[0], targets[1], targets[2]), parts)
 
 
 def _image_and_source_order(
@@ -321,19 +364,22 @@ def _reach(taps: Taps, first: int, last: int) -> tuple[int, int]:
     return (int(touching[0]), int(touching[-1]) + 1) if len(touching) else (0, 0)
 
 
-def _resample(
+def _resampled(
     channels: int,
     shape: Sequence[int],
     planes: Callable[[int, int], list[Array]],
     taps: list[Taps],
     device: torch.device,
-    use: Callable[[int, list[Array]], None],
-) -> None:
-    """Calls `use(start, slabs)` with pieces of all channels sampled by `taps`, as float32, cut along axis 0.
+    use: Callable[[int, list[Array]], Result],
+    *,
+    as_read: bool = False,
+) -> Iterator[Result]:
+    """What `use(start, slabs)` gives for pieces of all channels sampled by `taps`, as float32, cut along axis 0.
 
-    `planes(first, stop)` gives those planes of every channel, of `shape` in all. It is called in this thread, with
-    ranges that ascend, so that they can be read from a file. On the CPU several pieces at once are worked on, each in a
-    thread, if together they are not larger than one slab. The parts that were read are released.
+    `planes(first, stop)` gives those planes of every channel, of `shape` in all. It is called in this thread, for
+    pieces in order or, with `as_read`, so that its ranges ascend and can be read from a file. On the CPU several pieces
+    at once are worked on, each in a thread, if together they are not larger than one slab. The parts that were read are
+    released.
     """
     depth_in, rows, columns = shape
     to_planes, to_rows, to_columns = sizes = [len(t) for t in taps]
@@ -345,12 +391,12 @@ def _resample(
 
     def pieces() -> Iterator[tuple[int, Taps, list[Array]]]:
         starts = range(0, to_planes, depth)
-        for start in starts if int(taps[0].low[0]) <= int(taps[0].low[-1]) else reversed(starts):
+        for start in reversed(starts) if as_read and int(taps[0].low[0]) > int(taps[0].low[-1]) else starts:
             part = taps[0].part(start, min(start + depth, to_planes))
             first, last = int(part.low.min()), int(part.high.max())
             yield start, part.shifted(first), planes(first, last + 1)
 
-    def work(piece: tuple[int, Taps, list[Array]]) -> None:
+    def work(piece: tuple[int, Taps, list[Array]]) -> Result:
         start, along_planes, stored = piece
         along, slabs = [along_planes, taps[1], taps[2]], []
         for part in stored:
@@ -359,9 +405,9 @@ def _resample(
                 values = along[axis].apply(values, axis)
             release_array(part)
             slabs.append(values)
-        use(start, slabs)
+        return use(start, slabs)
 
-    in_threads(work, pieces(), threads)
+    return in_order(work, pieces(), threads)
 
 
 def _makes_fewer_values_within_first(shape: Sequence[int], sizes: Sequence[int]) -> bool:

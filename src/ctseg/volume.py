@@ -10,6 +10,7 @@ Conventions, everywhere in ctseg:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -104,6 +105,29 @@ class Volume:
 
     array: NDArray[Any]
     geometry: Geometry
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of its voxels."""
+        return self.array.dtype
+
+
+@dataclass(frozen=True, eq=False)
+class LabelStream:
+    """A label map that is written while it is made.
+
+    Attributes:
+        geometry: Its grid.
+        pieces: uint8 `[z, y, x]` of the next planes along z, from the first to the last; they come once.
+    """
+
+    geometry: Geometry
+    pieces: Iterator[NDArray[np.uint8]]
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """As of a volume."""
+        return np.dtype(np.uint8)
 
 
 class PlaneStream(Protocol):

@@ -54,21 +54,27 @@ def free_threads(most: int) -> int:
 
 
 def in_threads(work: Callable[[Item], Result], items: Iterable[Item], threads: int) -> list[Result]:
+    """As `in_order`, at once."""
+    return list(in_order(work, items, threads))
+
+
+def in_order(work: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
     """`work` of each item, in order, so many at a time; what it raises is raised here, and then no more begin.
 
     Items are taken in this thread, and at most one waits for each that is worked on: they may be read from a file.
     """
     if threads == 1:
-        return [work(item) for item in items]
-    results: list[Result] = []
+        yield from map(work, items)
+        return
     running: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:
             for item in items:
                 if len(running) == 2 * threads:
-                    results.append(running.popleft().result())
+                    yield running.popleft().result()
                 running.append(pool.submit(work, item))
-            return results + [future.result() for future in running]
+            while running:
+                yield running.popleft().result()
         finally:
             for future in running:
                 future.cancel()

@@ -429,14 +429,14 @@ def test_stopped_by_a_signal_and_done_by_the_same_command(
 ):
     from ctseg.engine import infer as engine
 
-    real = engine.predict_taken
+    real = engine.scores_taken  # of the first CT, which is prepared while it is read
 
     def signalled(*args: Any, **options: Any) -> Any:
         mask = real(*args, **options)
         os.kill(os.getpid(), signal.SIGUSR1)
         return mask
 
-    monkeypatch.setattr(engine, "predict_taken", signalled)
+    monkeypatch.setattr(engine, "scores_taken", signalled)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
     call = ("infer", "cts", "--output", "masks", "--model", tiny_model, "--device", "cpu", "--backend", backend)
     try:
@@ -447,7 +447,7 @@ def test_stopped_by_a_signal_and_done_by_the_same_command(
     assert (result.code, result.out) == (75, "")
     assert result.message == "stopped by a signal after 1 of 4 CTs; the same command goes on"
     assert len(list((tmp_path / "masks").glob("*_seg.*"))) == 1
-    monkeypatch.setattr(engine, "predict_taken", real)
+    monkeypatch.setattr(engine, "scores_taken", real)
     assert sorted(o["status"] for o in json.loads(cli(*call, "--json").out)) == ["done", "done", "done", "skipped"]
 
 

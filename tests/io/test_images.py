@@ -3,7 +3,7 @@
 import gzip
 import os
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import permutations, product
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from ctseg.io.images import (
     write_labels,
 )
 from ctseg.scratch import new_array
-from ctseg.volume import Geometry, Volume, to_ras
+from ctseg.volume import Geometry, LabelStream, Volume, to_ras
 
 Maker = Callable[..., bytes]
 SUFFIXES = [".nii", ".nii.gz", ".nrrd", ".mha"]
@@ -383,6 +383,31 @@ def test_a_mask_on_disk_is_written_as_one_in_memory(tmp_path: Path, suffix: str)
     for name, array in (("a", labels), ("b", on_disk)):
         write_labels(tmp_path / f"{name}{suffix}", array, grid)
     assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_mask_that_is_made_while_it_is_written_is_the_same(tmp_path: Path, suffix: str, oblique: Geometry) -> None:
+    labels = np.asfortranarray(np.random.default_rng(0).integers(0, 3, (300, 290, 7)), dtype=np.uint8)
+    grid = Geometry(labels.shape, oblique.affine)
+    pieces = (labels.T[start:stop] for start, stop in ((0, 1), (1, 5), (5, 7)))
+    write_labels(tmp_path / f"a{suffix}", labels, grid)
+    write_labels(tmp_path / f"b{suffix}", LabelStream(grid, pieces), grid)
+    assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_mask_whose_making_ends_early_is_not_written(tmp_path: Path, suffix: str, oblique: Geometry) -> None:
+    grid = Geometry((9, 8, 7), oblique.affine)
+
+    def fails() -> Iterator[NDArray[np.uint8]]:
+        yield np.zeros((3, 8, 9), np.uint8)
+        raise MemoryError("no room")
+
+    with pytest.raises(MemoryError, match="no room"):
+        write_labels(tmp_path / f"a{suffix}", LabelStream(grid, fails()), grid)
+    with pytest.raises(ValueError, match="a label map of 3 planes does not fit"):
+        write_labels(tmp_path / f"a{suffix}", LabelStream(grid, iter([np.zeros((3, 8, 9), np.uint8)])), grid)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_disk_without_room_for_the_voxels(tmp_path: Path, mount: Callable[[str], Path]) -> None:

@@ -33,8 +33,8 @@ class Clock:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
     def move(self, seconds: float, source: str, target: str) -> None:
-        """Counts seconds of one stage to another."""
-        self.seconds[source] -= seconds
+        """Counts seconds of one stage to another; the stage itself may still run."""
+        self.seconds[source] = self.seconds.get(source, 0.0) - seconds
         self.seconds[target] = self.seconds.get(target, 0.0) + seconds
 
     def with_waiting(self) -> dict[str, float]:

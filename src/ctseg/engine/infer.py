@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
@@ -19,17 +20,19 @@ from ctseg.engine.folder import claim, drop_old_failures, record_failure
 from ctseg.engine.model import Model
 from ctseg.engine.pipeline import Check, one_by_one, overlapped
 from ctseg.engine.plan import NO_PLANS, TOO_LARGE, Plan
-from ctseg.engine.predict import IN_MEMORY, OnWindow, Placement, predict_taken
+from ctseg.engine.predict import IN_MEMORY, OnWindow, Placement, Scores, predict_taken, scores_taken
 from ctseg.engine.process import peak_memory_bytes
 from ctseg.engine.run_manifest import RunManifest, open_run_manifest, run_facts
 from ctseg.engine.runtime import memory_errors
 from ctseg.errors import ImageError, NotEnoughMemory, Stopped
 from ctseg.files import make_folder
+from ctseg.io.images import write_labels
 from ctseg.jobs import PLAIN, Job, Options, Shard
 from ctseg.manifest import image_stem
+from ctseg.preprocess import restored_planes
 from ctseg.progress import Progress
 from ctseg.scratch import count_values
-from ctseg.volume import PlaneStream, Volume
+from ctseg.volume import LabelStream, PlaneStream, Volume
 
 if TYPE_CHECKING:
     import torch
@@ -70,6 +73,7 @@ class _Work:
     hashing: Future[Digest] | None = None
     digest: Digest | None = None
     mask: NDArray[np.uint8] | None = None
+    scores: Scores | None = None
     error: str = ""
 
     def take_volume(self, *, keep: bool) -> Volume | PlaneStream:
@@ -213,23 +217,25 @@ def _segment(
         _case_errors(work, model.runtime.device),
         show_windows(progress, name, stop) as on_window,
     ):
-        take = partial(work.take_volume, keep=keep)
-        work.mask = predict_taken(
+        run = partial(
+            predict_taken if stream is None else scores_taken,
             model,
-            take,
+            partial(work.take_volume, keep=keep),
             on_window,
             clock=work.clock,
             placement=work.placement,
             fast=options.fast,
             note=lambda told: progress.note(f"{name}: {told}"),
         )
+        result = run()
+        work.mask, work.scores = (None, result) if isinstance(result, Scores) else (result, None)
         if work.hashing is not None:
             work.digest = work.hashing.result()
     return work
 
 
 def _write(work: _Work, model: Model, options: Options, overlays: bool) -> Outcome:
-    job, case, mask = work.job, work.case, work.mask
+    job, case, mask, scores = work.job, work.case, work.mask, work.scores
     if work.skipped:
         return Outcome(job.image, job.mask, "skipped", {}, 0.0)
     volumes: dict[str, float] = {}
@@ -239,7 +245,10 @@ def _write(work: _Work, model: Model, options: Options, overlays: bool) -> Outco
             notes = case.notes + write_mask(job, case, mask, model, options)
             if overlays:
                 _draw(job, case, mask, model)
-            volumes = _volumes_ml(case, mask, model)
+            volumes = _volumes_ml(case, count_values(mask, model.recipe.num_classes), model)
+    if case is not None and scores is not None:
+        with _case_errors(work, model.runtime.device), work.clock.stage("write"):
+            volumes = _volumes_ml(case, _write_restored(work, scores), model)
     seconds, status = work.clock.with_waiting(), "failed" if work.error else "done"
     work_seconds = sum(work.clock.seconds.values())
     if work.error:
@@ -267,8 +276,27 @@ def _draw(job: Job, case: ReadCase, mask: NDArray[np.uint8], model: Model) -> No
     draw_overlay(job.mask.with_name(f"{stem}.png"), case.volume, mask, None, hu_window, title)
 
 
-def _volumes_ml(case: ReadCase, mask: NDArray[np.uint8], model: Model) -> dict[str, float]:
-    counts = count_values(mask, model.recipe.num_classes)
+def _write_restored(work: _Work, scores: Scores) -> NDArray[np.int64]:
+    """Writes a mask while it is restored, never in memory as a whole; how many voxels have each value."""
+    counts, seconds = np.zeros(256, dtype=np.int64), 0.0
+
+    def pieces() -> Iterator[NDArray[np.uint8]]:
+        nonlocal seconds
+        planes, started = restored_planes(scores.values_CXYZ, scores.prepared), time.perf_counter()
+        for piece in planes:
+            seconds += time.perf_counter() - started
+            yield piece
+            counts[:] += count_values(piece, len(counts))
+            started = time.perf_counter()
+
+    geometry = scores.prepared.source
+    make_folder(work.job.mask.parent)
+    write_labels(work.job.mask, LabelStream(geometry, pieces()), geometry)
+    work.clock.move(seconds, "write", "restore")
+    return counts
+
+
+def _volumes_ml(case: ReadCase, counts: NDArray[np.int64], model: Model) -> dict[str, float]:
     voxel_ml = case.volume.geometry.voxel_volume_ml
     return {name: float(counts[int(value)]) * voxel_ml for value, name in model.recipe.labels.items()}
 

@@ -33,15 +33,15 @@ from ctseg.progress import Progress
 from ctseg.recipe import Recipe
 from ctseg.volume import orientation_to_ras
 
-PLAIN, VOLUMES, MASK, ALL = "in memory", "CT and mask on disk", "mask on disk", "all on disk"
+PLAIN, VOLUMES, ALL = "in memory", "CT and mask on disk", "all on disk"
 TOO_LARGE, UNREADABLE = "does not fit", "cannot be read"
 """Ways of a case. Masks are the same voxel for voxel; on disk takes longer."""
 SPARE_BYTES = 64 * 2**20
 """What slabs and readers take beside all that is counted."""
 SPARE_SHARE = 0.2
 """Of what a window takes: the heap's gaps differ from run to run, and so what it grows by."""
-SECONDS_PER_CASE, SECONDS_PER_VOXEL = 0.08, 6e-9
-"""Of reading, preparing, restoring and writing on two CPU cores."""
+SECONDS_PER_CASE, SECONDS_PER_VOXEL, STREAMED_SECONDS_PER_VOXEL = 0.08, 6e-9, 3.5e-9
+"""Of reading, preparing, restoring and writing on two CPU cores; of a streamed CT, what the network waits for."""
 MEASURED_CALLS = 3
 """torch settles the memory of a network only in its third call."""
 OVERLAY_BYTES_PER_VOXEL = 2
@@ -69,7 +69,7 @@ class Plan:
 
     Attributes:
         image: The CT.
-        way: PLAIN, VOLUMES, MASK (where the CT is streamed), ALL, TOO_LARGE or UNREADABLE.
+        way: PLAIN, VOLUMES, ALL, TOO_LARGE or UNREADABLE.
         error: Why it cannot be done, if so.
         size: Of the CT, in voxels.
         windows: Calls of the network; with `--fast` at most, as only the run itself shows which it leaves out.
@@ -78,7 +78,8 @@ class Plan:
         beside_bytes: Of memory while another CT goes through the network: it is read before, or its mask written after.
         disk_bytes: Of scratch files.
         placement: Where the arrays lie.
-        streamed: Whether the CT is prepared while it is read, and never in memory as a whole.
+        streamed: Whether the CT is prepared while it is read, and its mask written while it is restored: neither is
+            ever in memory as a whole.
     """
 
     image: Path
@@ -294,13 +295,12 @@ def plan_case(
     voxels = math.prod(extent.geometry.size)
     grid = network_geometry(extent.geometry, model.recipe.preprocess.spacing_mm).size
     windows = num_windows(grid, model.recipe.inference)
-    seconds = windows * cost.seconds + SECONDS_PER_CASE + voxels * SECONDS_PER_VOXEL
     streamed = streamed and extent.streams and not keep and model.runtime.device.type == "cpu"
-    if streamed:
-        extent = replace(extent, held_bytes=0, reading_bytes=0)
+    per_voxel = STREAMED_SECONDS_PER_VOXEL if streamed else SECONDS_PER_VOXEL
+    seconds = windows * cost.seconds + SECONDS_PER_CASE + voxels * per_voxel
     always_bytes = cost.base_bytes + int(cost.window_bytes * SPARE_SHARE) + SPARE_BYTES
     for way, placement in _ways(scratch, streamed=streamed):
-        stage_bytes, volume_bytes, disk_bytes = _bytes(model, extent, grid, placement, keep=keep)
+        stage_bytes, volume_bytes, disk_bytes = _bytes(model, extent, grid, placement, keep=keep, streamed=streamed)
         plan = Plan(
             image=Path(),
             way=way,
@@ -325,15 +325,18 @@ def plan_case(
 
 def _ways(scratch: Path, *, streamed: bool) -> Iterator[tuple[str, Placement]]:
     yield PLAIN, IN_MEMORY
-    yield MASK if streamed else VOLUMES, Placement(volumes=scratch)
+    if not streamed:
+        yield VOLUMES, Placement(volumes=scratch)
     yield ALL, Placement(volumes=scratch, grids=scratch)
 
 
 def _bytes(
-    model: Model, extent: Extent, grid: tuple[int, int, int], placement: Placement, *, keep: bool
+    model: Model, extent: Extent, grid: tuple[int, int, int], placement: Placement, *, keep: bool, streamed: bool
 ) -> tuple[int, int, int]:
     """Of memory, at the stage that needs most; of memory while the CT is read or its mask written; and of disk."""
-    voxels = math.prod(extent.geometry.size)
+    voxels = 0 if streamed else math.prod(extent.geometry.size)
+    if streamed:
+        extent = replace(extent, held_bytes=0, reading_bytes=0)
     image_bytes, logits_bytes = _grid_bytes(model, grid)
     on_disk = placement.volumes is not None
     held = 0 if on_disk and extent.movable else extent.held_bytes
@@ -351,7 +354,8 @@ def _bytes(
         kept + image_bytes + logits_bytes,
         kept + logits_bytes + in_order + mask,
     )
-    return max(stages), max(held + reading, kept + mask), disk
+    written = logits_bytes + in_order if streamed else kept + mask
+    return max(stages), max(held + reading, written), disk
 
 
 def _grid_bytes(model: Model, grid: tuple[int, int, int]) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,9 +35,9 @@ from ctseg.engine.ladder import logits_within_memory, prepared_within_memory
 from ctseg.engine.model import Model
 from ctseg.engine.runtime import memory_errors
 from ctseg.engine.windows import Start, average, window_starts
-from ctseg.preprocess import restore, slabs_of
+from ctseg.preprocess import Prepared, restore, slabs_of
 from ctseg.specs import Inference
-from ctseg.volume import PlaneStream, Volume, orientation_to_ras
+from ctseg.volume import Geometry, PlaneStream, Volume, orientation_to_ras
 
 OnWindow = Callable[[int, int], None]
 """Called after each network call with (calls done, calls in all); fast, the latter rises when more turn out needed."""
@@ -104,15 +104,38 @@ def predict_taken(
     fast: bool = False,
     note: Callable[[str], None] = lambda _: None,
 ) -> NDArray[np.uint8]:
-    """As `predict`, of the CT that `take` gives: unless somebody else holds it, its memory is free once prepared.
+    """As `predict`, of the CT that `take` gives, see `scores_taken`."""
+    clock = clock or Clock()
+    scores = scores_taken(model, take, on_window, clock=clock, placement=placement, fast=fast, note=note)
+    with _memory_errors(scores.prepared.source, model), clock.stage("restore", model.runtime.device):
+        return restore(scores.values_CXYZ, scores.prepared, placement.volumes)
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """What a network says of a CT, for `restore`: scores on its own grid, and where that lies."""
+
+    values_CXYZ: Array
+    prepared: Prepared
+
+
+def scores_taken(
+    model: Model,
+    take: Callable[[], Volume | PlaneStream],
+    on_window: OnWindow | None = None,
+    *,
+    clock: Clock,
+    placement: Placement = IN_MEMORY,
+    fast: bool = False,
+    note: Callable[[str], None] = lambda _: None,
+) -> Scores:
+    """The scores of the CT that `take` gives: unless somebody else holds it, its memory is free once prepared.
 
     It may be read only now, on the CPU: windows go through the network as soon as their planes are there.
-
     `note` is told where a GPU has too little memory and what is done instead, see `ctseg.engine.ladder`.
     """
-    volume, clock, device = take(), clock or Clock(), model.runtime.device
-    size = "x".join(map(str, volume.geometry.size))
-    with memory_errors(f"a CT of {size} voxels", device):
+    volume, device = take(), model.runtime.device
+    with _memory_errors(volume.geometry, model):
         with ExitStack() as arrivals:
             with clock.stage("prepare", device):
                 if isinstance(volume, Volume):
@@ -136,7 +159,11 @@ def predict_taken(
                 clock.move(arrival.seconds, "network", "read")
         prepared = replace(prepared, image_XYZ=logits[0, :0])  # makes room for the mask
         with clock.stage("restore", device):
-            return restore(scores_from_logits(logits), prepared, placement.volumes)
+            return Scores(scores_from_logits(logits), prepared)
+
+
+def _memory_errors(grid: Geometry, model: Model) -> AbstractContextManager[None]:
+    return memory_errors(f"a CT of {'x'.join(map(str, grid.size))} voxels", model.runtime.device)
 
 
 def scores_from_logits(logits_CXYZ: Array) -> Array:

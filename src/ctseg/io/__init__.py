@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from ctseg.errors import ImageError
 from ctseg.scratch import in_slabs, new_array, release
-from ctseg.volume import Geometry
+from ctseg.volume import Geometry, LabelStream, Volume
 
 MAX_VOXELS = 2**31
 """A header that promises more is refused before anything is allocated; whole-body CT has a tenth of it."""
@@ -180,9 +180,17 @@ def gzip_writer(file: IO[bytes]) -> IO[bytes]:
     return stream
 
 
-def in_file_order(array: NDArray[Any]) -> Iterator[memoryview]:
-    """The little-endian bytes of an `[x, y, z]` array with x fastest, slice by slice; Fortran order is not copied."""
-    little = array.dtype.newbyteorder("<")
+def in_file_order(volume: Volume | LabelStream) -> Iterator[memoryview]:
+    """The little-endian bytes of its voxels with x fastest, slice by slice; Fortran order is not copied."""
+    if isinstance(volume, LabelStream):
+        planes = 0
+        for piece in volume.pieces:
+            planes += len(piece)
+            yield from (np.ascontiguousarray(plane).reshape(-1).data for plane in piece)
+        if planes != volume.geometry.size[2]:
+            raise ValueError(f"a label map of {planes} planes does not fit its grid of {volume.geometry.size}")
+        return
+    array, little = volume.array, volume.dtype.newbyteorder("<")
     for z in range(array.shape[2]):
         plane = array[:, :, z]
         yield np.ascontiguousarray(plane.T, dtype=little).reshape(-1).view(np.uint8).data

@@ -21,7 +21,7 @@ from ctseg.files import atomic_path
 from ctseg.io import Extent, Header, itk, nifti, read_array
 from ctseg.manifest import IMAGE_SUFFIXES
 from ctseg.scratch import extremes, in_slabs, new_array
-from ctseg.volume import Geometry, Volume
+from ctseg.volume import Geometry, LabelStream, Volume
 
 SHEAR_TOLERANCE = 1e-3
 """Largest element of direction^T direction - I for axes that count as being at right angles."""
@@ -35,7 +35,7 @@ _READERS: dict[str, Callable[[Path], Header]] = {
     ".nrrd": itk.read_nrrd_header,
     ".mha": itk.read_mha_header,
 }
-_WRITERS: dict[str, Callable[[Path, Volume], None]] = {
+_WRITERS: dict[str, Callable[[Path, Volume | LabelStream], None]] = {
     ".nii.gz": partial(nifti.write, compressed=True),
     ".nii": partial(nifti.write, compressed=False),
     ".nrrd": itk.write_nrrd,
@@ -123,13 +123,16 @@ def read_geometry(path: Path) -> Geometry:
         return checked_header(path).geometry
 
 
-def write_labels(path: Path, labels: NDArray[np.uint8], geometry: Geometry) -> None:
-    """Writes a label map on the grid `geometry`, as `write_image` does.
+def write_labels(path: Path, labels: NDArray[np.uint8] | LabelStream, geometry: Geometry) -> None:
+    """Writes a label map on the grid `geometry`, as `write_image` does; it may be made only now, piece by piece.
 
     Raises:
         OutputError: if the suffix is unknown or the file cannot be written.
         ValueError: if `labels` is not uint8 or not of the size of `geometry`.
     """
+    if isinstance(labels, LabelStream):
+        _write(path, labels)
+        return
     if labels.dtype != np.uint8 or labels.shape != geometry.size:
         raise ValueError(f"labels must be uint8 of size {geometry.size}, got {labels.dtype} of {labels.shape}")
     write_image(path, Volume(labels, geometry))
@@ -149,6 +152,10 @@ def write_image(path: Path, volume: Volume) -> None:
         raise ValueError(f"voxels must be integers or floats of 1 to 8 bytes, got {array.dtype}")
     if array.shape != volume.geometry.size:
         raise ValueError(f"an array of size {array.shape} does not fit its grid of {volume.geometry.size}")
+    _write(path, volume)
+
+
+def _write(path: Path, volume: Volume | LabelStream) -> None:
     suffix = _suffix(path)
     if suffix not in _WRITERS:
         raise OutputError(f"cannot write '{path}': its suffix must be one of {', '.join(IMAGE_SUFFIXES)}; rename it")

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ctseg.errors import ImageError
 from ctseg.io import MAX_VOXELS, Header, data_problems, gzip_writer, in_file_order
-from ctseg.volume import Geometry, Volume
+from ctseg.volume import Geometry, LabelStream, Volume
 
 MAX_TEXT_HEADER_BYTES = 2**20
 """A text header is a few hundred bytes; one that does not end within this many is not one."""
@@ -167,7 +167,7 @@ def read_mha_header(path: Path) -> Header:
     return _header(path, fields.problems, sizes, affine, dtype, "zlib" if packed else "raw", end.end())
 
 
-def write_nrrd(path: Path, volume: Volume) -> None:
+def write_nrrd(path: Path, volume: Volume | LabelStream) -> None:
     """Writes voxels as NRRD with nothing but their grid in the header; `path` may have any suffix."""
     geometry = volume.geometry
     columns = [_vector(column) for column in geometry.affine[:3].T]
@@ -186,17 +186,17 @@ def write_nrrd(path: Path, volume: Volume) -> None:
     with path.open("wb") as file:
         file.write("\n".join([*lines, "", ""]).encode())
         with gzip_writer(file) as stream:
-            for part in in_file_order(volume.array):
+            for part in in_file_order(volume):
                 stream.write(part)
 
 
-def write_mha(path: Path, volume: Volume) -> None:
+def write_mha(path: Path, volume: Volume | LabelStream) -> None:
     """Writes voxels as MetaImage with nothing but their grid in the header; `path` may have any suffix."""
     with path.open("wb") as file:
         file.write(_mha_text(volume, compressed_bytes=0))
         begin = file.tell()
         stream = isal_zlib.compressobj(1)
-        for part in in_file_order(volume.array):
+        for part in in_file_order(volume):
             file.write(stream.compress(part))
         file.write(stream.flush())
         text = _mha_text(volume, compressed_bytes=file.tell() - begin)
@@ -204,12 +204,12 @@ def write_mha(path: Path, volume: Volume) -> None:
         file.write(text)
 
 
-def _code(volume: Volume) -> str:
+def _code(volume: Volume | LabelStream) -> str:
     """The type of the voxels without its byte order, such as "i2"."""
-    return str(volume.array.dtype.str[1:])
+    return str(volume.dtype.str[1:])
 
 
-def _mha_text(volume: Volume, compressed_bytes: int) -> bytes:
+def _mha_text(volume: Volume | LabelStream, compressed_bytes: int) -> bytes:
     """The header; its length does not depend on `compressed_bytes`, which is known only when the voxels are written."""
     geometry = volume.geometry
     element_type = next(name for name, dtype in _MHA_DTYPES.items() if dtype == _code(volume))

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ctseg.errors import ImageError
 from ctseg.io import Header, data_problems, gzip_writer, in_file_order, stream_errors
-from ctseg.volume import Geometry, Volume
+from ctseg.volume import Geometry, LabelStream, Volume
 
 MAX_FORM_CONFLICT_VOXELS = 0.5
 """A file whose sform and qform place a corner further apart than this says two things about where the patient is."""
@@ -57,17 +57,17 @@ def read_header(path: Path) -> Header:
     )
 
 
-def write(path: Path, volume: Volume, *, compressed: bool) -> None:
+def write(path: Path, volume: Volume | LabelStream, *, compressed: bool) -> None:
     """Writes voxels with nothing but their grid in the header; `path` may have any suffix."""
     with path.open("wb") as file:
-        header = _new_header(volume.geometry, volume.array.dtype)
+        header = _new_header(volume.geometry, volume.dtype)
         if not compressed:
             file.write(header)
-            file.writelines(in_file_order(volume.array))
+            file.writelines(in_file_order(volume))
             return
         with gzip_writer(file) as stream:
             stream.write(header)
-            for part in in_file_order(volume.array):
+            for part in in_file_order(volume):
                 stream.write(part)
 
 
