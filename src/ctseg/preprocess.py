@@ -46,6 +46,8 @@ Result = TypeVar("Result")
 
 MAX_VOXELS = 2**30
 """More on the network's grid is a damaged header, not a CT: a whole body at 1 mm has half of this."""
+STREAMED_VOXELS = 2**23
+"""About so many voxels of a CT wait between its file and the network's grid, in at most four bytes each."""
 MAX_THREADS = 4
 """More would wait for memory, and each works on a slab of its own."""
 SPACING_TOLERANCE_MM = 1e-3
@@ -149,19 +151,17 @@ def _times(values: Iterable[float]) -> str:
     return " x ".join(f"{value:.6g}" for value in values)
 
 
-def prepare(
-    volume: Volume | PlaneStream, spec: Preprocess, device: torch.device, scratch: Path | None = None
-) -> Prepared:
+def prepare(volume: Volume, spec: Preprocess, device: torch.device, scratch: Path | None = None) -> Prepared:
     """The network's input: RAS axes, `spec.spacing_mm`, `spec.hu_window` mapped to 0..1 and clipped.
 
     Args:
-        volume: CT in Hounsfield units, any axis order, or its planes while they are read.
+        volume: CT in Hounsfield units, any axis order.
         spec: Spacing and window.
         device: Where the work is done and the result lies.
         scratch: On the CPU, a folder on whose disk the result is to lie; None: in memory.
 
     Raises:
-        ImageError: if the grid would be too large, or what was read proves to be damaged or no CT.
+        ImageError: if the grid would be too large.
     """
     prepared, fill = preparation(volume, spec, device, scratch)
     fill(lambda *_: None)
@@ -171,7 +171,10 @@ def prepare(
 def preparation(
     volume: Volume | PlaneStream, spec: Preprocess, device: torch.device, scratch: Path | None
 ) -> tuple[Prepared, Fill]:
-    """As `prepare`, but its image is zeros yet, and what fills it."""
+    """As `prepare`, but its image is zeros yet, and what fills it: perhaps while the CT is read.
+
+    That raises ImageError if what is read proves to be damaged or no CT.
+    """
     grid = network_geometry(volume.geometry, spec.spacing_mm)
     low, high = spec.hu_window
     axes = memory_order(volume.array) if isinstance(volume, Volume) else [2, 1, 0]
@@ -388,6 +391,9 @@ def _resampled(
     within_first = _makes_fewer_values_within_first(shape, sizes)
     between = depth_in * to_rows * columns // to_planes if within_first else rows * columns
     depth = max(1, SLAB_VOXELS // threads // max(between, to_rows * to_columns))
+    if as_read:  # pieces of what is read wait: one for each thread, one in hand, one held for its last planes
+        planes_at_once = STREAMED_VOXELS // ((2 * threads + 2) * rows * columns)
+        depth = min(depth, max(1, (planes_at_once - 2) * to_planes // depth_in))
 
     def pieces() -> Iterator[tuple[int, Taps, list[Array]]]:
         starts = range(0, to_planes, depth)
@@ -399,13 +405,14 @@ def _resampled(
     def work(piece: tuple[int, Taps, list[Array]]) -> Result:
         start, along_planes, stored = piece
         along, slabs = [along_planes, taps[1], taps[2]], []
-        for part in stored:
-            values = to_device(part, device) if isinstance(part, np.ndarray) else part
-            for axis in (1, 2, 0) if within_first else (0, 1, 2):
-                values = along[axis].apply(values, axis)
-            release_array(part)
-            slabs.append(values)
-        return use(start, slabs)
+        with np.errstate(invalid="ignore", over="ignore"):  # infinite voxels, which are refused at the end
+            for part in stored:
+                values = to_device(part, device) if isinstance(part, np.ndarray) else part
+                for axis in (1, 2, 0) if within_first else (0, 1, 2):
+                    values = along[axis].apply(values, axis)
+                release_array(part)
+                slabs.append(values)
+            return use(start, slabs)
 
     return in_order(work, pieces(), threads)
 

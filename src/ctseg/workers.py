@@ -61,7 +61,8 @@ def in_threads(work: Callable[[Item], Result], items: Iterable[Item], threads: i
 def in_order(work: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
     """`work` of each item, in order, so many at a time; what it raises is raised here, and then no more begin.
 
-    Items are taken in this thread, and at most one waits for each that is worked on: they may be read from a file.
+    Items are taken in this thread, which holds one while one waits for each that is worked on: they may be read from a
+    file.
     """
     if threads == 1:
         yield from map(work, items)

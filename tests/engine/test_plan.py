@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,9 @@ from ctseg.engine.plan import (
     plan_run,
 )
 from ctseg.engine.predict import IN_MEMORY, Placement, predict
+from ctseg.errors import ImageError, NotEnoughMemory
 from ctseg.io import Extent
-from ctseg.io.images import read_image, read_labels
+from ctseg.io.images import read_image, read_labels, write_image
 from ctseg.jobs import PLAIN as PLAIN_OPTIONS
 from ctseg.jobs import Job
 from ctseg.manifest import Manifest
@@ -251,21 +253,72 @@ def test_masks_of_streamed_cts_are_those_of_whole_ones(
     assert [case["sha256"] for case in record] == digests
 
 
+def wrong_checksum(path: Path, good: Path) -> None:
+    data = good.read_bytes()
+    path.write_bytes(data[:-8] + bytes(4) + data[-4:])
+
+
+def some_infinite(path: Path, good: Path) -> None:
+    volume = read_image(good)
+    array = volume.array.astype(np.float32)
+    array[3, 3, 3:5] = np.inf
+    write_image(path, replace(volume, array=array))
+
+
 @pytest.mark.parametrize("streamed", [True, False])
+@pytest.mark.parametrize(
+    ("break_it", "reason"),
+    [
+        (wrong_checksum, "the compressed data are damaged (CRC check failed"),
+        (some_infinite, "every voxel must be a number, got 2 NaN or infinite"),
+    ],
+)
 def test_a_damaged_ct_fails_alone_streamed_or_not(
-    tiny_model: Model, tiny_manifest: Manifest, tmp_path: Path, streamed: bool
+    tiny_model: Model,
+    tiny_manifest: Manifest,
+    tmp_path: Path,
+    streamed: bool,
+    break_it: Callable[[Path, Path], None],
+    reason: str,
 ) -> None:
-    """Its checksum is the last thing to be read, when all else of it is prepared."""
+    """A checksum is the last thing to be read, when all else of it is prepared."""
     jobs = jobs_of(tiny_manifest, tmp_path / "out")
-    data = jobs[1].image.read_bytes()
     bad = tmp_path / "bad.nii.gz"
-    bad.write_bytes(data[:-8] + bytes(4) + data[-4:])
+    break_it(bad, jobs[1].image)
     jobs[1] = replace(jobs[1], image=bad)
     plans = {job.mask: Plan(image=job.image, way=PLAIN, streamed=streamed) for job in jobs}
     outcomes = infer(tiny_model, jobs, tmp_path / "out", Silent(), plans=plans)
     assert [outcome.status for outcome in outcomes] == ["done", "failed", "done"]
-    assert outcomes[1].error.startswith(f"cannot read '{bad}': the compressed data are damaged (CRC check failed")
+    assert outcomes[1].error.startswith(f"cannot read '{bad}': {reason}")
     assert not jobs[1].mask.exists()
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_ct_whose_bytes_cannot_be_told_gets_no_mask(
+    tiny_model: Model, tiny_manifest: Manifest, tmp_path: Path, monkeypatch, streamed: bool
+) -> None:
+    def digest(_: Job) -> None:
+        raise ImageError("cannot read it: the disk has gone")
+
+    monkeypatch.setattr("ctseg.engine.infer.digest_input", digest)
+    (job, *_) = jobs_of(tiny_manifest, tmp_path)
+    plans = {job.mask: Plan(image=job.image, way=PLAIN, streamed=streamed)}
+    (outcome,) = infer(tiny_model, [job], tmp_path, Silent(), plans=plans)
+    assert (outcome.status, outcome.error) == ("failed", f"'{job.image}': cannot read it: the disk has gone")
+    assert not job.mask.exists()
+
+
+def test_the_bytes_of_a_ct_that_fails_are_told(tiny_model: Model, tiny_manifest: Manifest, tmp_path: Path, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise NotEnoughMemory("not enough memory for one window")
+
+    monkeypatch.setattr("ctseg.engine.infer.scores_taken", fail)
+    (job, *_) = jobs_of(tiny_manifest, tmp_path)
+    plans = {job.mask: Plan(image=job.image, way=PLAIN, streamed=True)}
+    (outcome,) = infer(tiny_model, [job], tmp_path, Silent(), plans=plans)
+    assert outcome.status == "failed"
+    (case,) = json.loads((tmp_path / "ctseg_run.json").read_text())["cases"]
+    assert case["sha256"] == hashlib.sha256(job.image.read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("placement", ["volumes", "all"])

@@ -92,7 +92,8 @@ def test_a_failed_ct_is_told_until_it_is_done(tiny_model: Model, jobs: list[Job]
     run = read(output)
     assert run["state"] == "complete"
     failed = run["cases"][1]
-    assert (failed["status"], failed["error"], failed["sha256"]) == ("failed", outcomes[1].error, None)
+    digest = hashlib.sha256(good[:-300]).hexdigest()
+    assert (failed["status"], failed["error"], failed["sha256"]) == ("failed", outcomes[1].error, digest)
     assert list(failed["stage_seconds"]) == ["read", "waiting"]
     infer(tiny_model, jobs[:1], output, Silent())
     assert read(output)["cases"][1] == failed

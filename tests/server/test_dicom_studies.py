@@ -418,9 +418,18 @@ def test_label_info_names_the_segments_of_a_seg(dicom: SimpleNamespace, tmp_path
         seg = pydicom.dcmread(tmp_path / "mask.dcm")
         assert [segment.SegmentLabel for segment in seg.SegmentSequence] == ["milt"]
         assert seg.pixel_array.any()
-    wrong = as_form({"label_info": ["milt"]})
-    status, reason = dicom.live.refused("POST", f"/infer/spleen?image={dicom.id}&output=dicom_seg", files=wrong)
-    assert (status, reason) == (422, "label_info: expected a list of objects with a name and an idx")
+    for wrong, part in (
+        (["milt"], "expected a list of objects with a name and an idx"),
+        ([{"name": "a\\b"}], "expected a name of at most 64 characters"),
+        ([{"name": ""}], "expected a name of at most 64 characters"),
+        ([{"name": None}], "expected a name of at most 64 characters"),
+        ([{"name": "milt", "idx": 7}], "expected an idx of 1, got 7"),
+    ):
+        form = as_form({"label_info": wrong})
+        status, reason = dicom.live.refused("POST", f"/infer/spleen?image={dicom.id}&output=dicom_seg", files=form)
+        assert status == 422
+        assert reason.startswith("label_info: ")
+        assert part in reason
 
 
 def test_a_seg_of_another_file_is_refused(live: Any) -> None:
@@ -443,7 +452,8 @@ def test_slices_that_slicer_sends_one_by_one_become_an_image(
     live = start()
     client = connect(live)
     ids = {client.upload_image(slices[0], "first")["image"]}
-    assert (empty / "first.dcm").read_bytes() == slices[0].read_bytes()
+    (kept,) = (empty / next(iter(ids))).iterdir()
+    assert kept.read_bytes() == slices[0].read_bytes()
     assert live.json("GET", "/datastore/")["total"] == 0
     for path in slices[1:]:
         ids.add(client.upload_image(path, path.stem)["image"])
@@ -453,10 +463,33 @@ def test_slices_that_slicer_sends_one_by_one_become_an_image(
     reader = SimpleITK.ImageSeriesReader()
     reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(slices[0].parent)))
     np.testing.assert_array_equal(image.array, SimpleITK.GetArrayFromImage(reader.Execute()).T)
-    status, reason = live.refused(
-        "PUT", "/datastore/image?image=first", files={"file": ("a.dcm", slices[1].read_bytes())}
-    )
+    other = pydicom.dcmread(slices[1])
+    other.SOPInstanceUID = other.file_meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
+    other.PixelData = bytes(len(other.PixelData))
+    other.save_as(slices[1])
+    status, reason = live.refused("PUT", "/datastore/image", files={"file": ("new.dcm", slices[1].read_bytes())})
+    assert (status, "has a slice at this place already" in reason) == (409, True)
+    whole = write_enhanced(empty.parent / "all.dcm", plan()).read_bytes()
+    twice = pydicom.dcmread(empty.parent / "all.dcm")
+    twice.SeriesInstanceUID = other.SeriesInstanceUID
+    twice.save_as(empty.parent / "same.dcm")
+    for name, wanted in (("same.dcm", 409), ("all.dcm", 200), ("all.dcm", 409)):
+        sent = {"file": (name, (empty.parent / name).read_bytes())}
+        assert live.call("PUT", "/datastore/image", files=sent).status_code == wanted
+    assert whole in [path.read_bytes() for path in empty.glob("*/frames.dcm")]
+    np.testing.assert_array_equal(live.service.datastore.image(image_id).read().array, image.array)
+
+
+def test_a_series_of_a_persons_folder_takes_no_slices_of_clients(dicom: SimpleNamespace, slices: list[Path]) -> None:
+    """They would come between its own."""
+    slice_of_it = pydicom.dcmread(slices[0])
+    slice_of_it.SeriesInstanceUID = dicom.uid
+    slice_of_it.save_as(slices[0])
+    before = sorted(dicom.studies.rglob("*"))
+    sent = {"file": ("a.dcm", slices[0].read_bytes())}
+    status, reason = dicom.live.refused("PUT", "/datastore/image", files=sent)
     assert (status, "is there already" in reason) == (409, True)
+    assert sorted(dicom.studies.rglob("*")) == before
 
 
 @pytest.mark.parametrize("way", ["file", "session"])
@@ -487,10 +520,10 @@ def test_a_multi_frame_file_is_segmented_without_being_kept(
 @pytest.mark.parametrize(
     ("content", "status", "reason"),
     [
-        (b"PK\x03\x04" + bytes(124) + b"DICM" + bytes(200), 415, "must be one DICOM file with its preamble"),
-        (bytes(300), 415, "must be one DICOM file with its preamble"),
-        (b"", 415, "must be one DICOM file with its preamble"),
-        (bytes(128) + b"DICM" + bytes(range(200)), 422, "expected one CT as a multi-frame DICOM file"),
+        (b"PK\x03\x04" + bytes(124) + b"DICM" + bytes(200), 415, "must be DICOM of a CT with its preamble"),
+        (bytes(300), 415, "must be DICOM of a CT with its preamble"),
+        (b"", 415, "must be DICOM of a CT with its preamble"),
+        (bytes(128) + b"DICM" + bytes(range(200)), 415, "must be DICOM of a CT with its preamble"),
     ],
     ids=["archive", "no_dicom", "empty", "noise"],
 )
@@ -509,15 +542,33 @@ def test_what_only_says_it_is_dicom_is_refused(
     assert sorted(studies.rglob("*")) == before
 
 
-def test_an_mr_slice_and_a_damaged_one_are_refused(live: Any, tmp_path: Path, slices: list[Path]) -> None:
-    dataset = pydicom.dcmread(slices[0])
-    dataset.Modality = "MR"
-    dataset.save_as(tmp_path / "mr.dcm")
+def changed(path: Path, **tags: Any) -> bytes:
+    dataset = pydicom.dcmread(path)
+    for keyword, value in tags.items():
+        setattr(dataset.file_meta if keyword in dataset.file_meta else dataset, keyword, value)
+    dataset.save_as(path.with_name("changed.dcm"))
+    return path.with_name("changed.dcm").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("tags", "status"),
+    [
+        ({"Modality": "MR"}, 422),
+        ({"SeriesInstanceUID": ""}, 422),
+        ({"MediaStorageSOPClassUID": pydicom.uid.MRImageStorage}, 415),
+        ({"TransferSyntaxUID": pydicom.uid.DeflatedExplicitVRLittleEndian}, 415),
+    ],
+    ids=["modality", "no_series", "class", "deflated"],
+)
+def test_other_slices_are_refused(live: Any, slices: list[Path], tags: dict[str, Any], status: int) -> None:
+    """A deflated file of 4 MB could unpack to 4 GB."""
+    sent = {"file": ("a.dcm", changed(slices[0], **tags))}
+    assert live.refused("PUT", "/datastore/image", files=sent)[0] == status
+
+
+def test_a_slice_that_is_cut_short_is_refused(live: Any, slices: list[Path]) -> None:
     data = slices[0].read_bytes()
-    (tmp_path / "short.dcm").write_bytes(data[: len(data) * 2 // 3])
-    for name in ("mr.dcm", "short.dcm"):
-        content = (tmp_path / name).read_bytes()
-        assert live.refused("PUT", "/datastore/image", files={"file": (name, content)})[0] == 422
+    assert live.refused("PUT", "/datastore/image", files={"file": ("a.dcm", data[: len(data) * 2 // 3])})[0] == 422
 
 
 def test_one_slice_alone_is_not_segmented(live: Any, slices: list[Path]) -> None:
@@ -543,7 +594,11 @@ def test_real_slices_sent_one_by_one_and_their_mask_as_seg(
         archive.extractall(tmp_path / "unpacked")
     files = [path for path in (tmp_path / "unpacked").rglob("*") if path.is_file()]
     live = start()
+    uid = pydicom.uid.generate_uid()
     for number, path in enumerate(files):
+        header = pydicom.dcmread(path)
+        header.SeriesInstanceUID = uid  # was taken away with the patient's name
+        header.save_as(path)
         sent = {"file": (f"{number}.dcm", path.read_bytes())}
         image_id = live.json("PUT", "/datastore/image", files=sent)["image"]
     answer = live.call("POST", f"/infer/spleen?image={image_id}&output=dicom_seg", files=as_form({}))

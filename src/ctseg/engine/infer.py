@@ -229,26 +229,26 @@ def _segment(
         )
         result = run()
         work.mask, work.scores = (None, result) if isinstance(result, Scores) else (result, None)
-        if work.hashing is not None:
-            work.digest = work.hashing.result()
     return work
 
 
 def _write(work: _Work, model: Model, options: Options, overlays: bool) -> Outcome:
-    job, case, mask, scores = work.job, work.case, work.mask, work.scores
+    job, case = work.job, work.case
     if work.skipped:
         return Outcome(job.image, job.mask, "skipped", {}, 0.0)
     volumes: dict[str, float] = {}
     notes: tuple[str, ...] = ()
-    if case is not None and mask is not None:
+    with _case_errors(work, model.runtime.device):
+        work.digest = None if work.hashing is None else work.hashing.result()
+    if case is not None and not work.error:
         with _case_errors(work, model.runtime.device), work.clock.stage("write"):
-            notes = case.notes + write_mask(job, case, mask, model, options)
-            if overlays:
-                _draw(job, case, mask, model)
-            volumes = _volumes_ml(case, count_values(mask, model.recipe.num_classes), model)
-    if case is not None and scores is not None:
-        with _case_errors(work, model.runtime.device), work.clock.stage("write"):
-            volumes = _volumes_ml(case, _write_restored(work, scores), model)
+            if work.mask is not None:
+                notes = case.notes + write_mask(job, case, work.mask, model, options)
+                if overlays:
+                    _draw(job, case, work.mask, model)
+                volumes = _volumes_ml(case, count_values(work.mask, model.recipe.num_classes), model)
+            if work.scores is not None:
+                volumes = _volumes_ml(case, _write_restored(work, work.scores), model)
     seconds, status = work.clock.with_waiting(), "failed" if work.error else "done"
     work_seconds = sum(work.clock.seconds.values())
     if work.error:
@@ -264,7 +264,7 @@ def _case_errors(work: _Work, device: torch.device) -> Iterator[None]:
         with memory_errors(f"'{image}'", device):
             yield
     except (ImageError, NotEnoughMemory) as error:
-        work.error = str(error) if image in str(error) else f"'{image}': {error}"
+        work.error = work.error or (str(error) if image in str(error) else f"'{image}': {error}")
 
 
 def _draw(job: Job, case: ReadCase, mask: NDArray[np.uint8], model: Model) -> None:

@@ -14,7 +14,7 @@ from ctseg.arrays import HOST, Array, array_namespace, as_asked, device_of, to_d
 from ctseg.engine.backends import Forward
 from ctseg.engine.model import Model
 from ctseg.preprocess import Prepared, prepare
-from ctseg.volume import PlaneStream, Volume
+from ctseg.volume import Volume
 
 if TYPE_CHECKING:
     import torch
@@ -24,11 +24,8 @@ Logits = Callable[[Model, Array], Array]
 """Of a model and the network's input."""
 
 
-def prepared_within_memory(model: Model, volume: Volume | PlaneStream, scratch: Path | None, note: Note) -> Prepared:
-    """The network's input on the model's device, or on the host where that has no room for it.
-
-    A GPU needs a CT that is in memory, as it may have to be prepared a second time.
-    """
+def prepared_within_memory(model: Model, volume: Volume, scratch: Path | None, note: Note) -> Prepared:
+    """The network's input on the model's device, or on the host where that has no room for it."""
     spec, device = model.recipe.preprocess, model.runtime.device
     if device.type == "cpu":
         return prepare(volume, spec, device, scratch)

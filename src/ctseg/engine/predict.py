@@ -28,7 +28,7 @@ from ctseg.arrays import (
     to_work_on,
     zeros,
 )
-from ctseg.arrival import arriving
+from ctseg.engine.arrival import arriving
 from ctseg.engine.clock import Clock
 from ctseg.engine.fast import covering, windows_to_refine
 from ctseg.engine.ladder import logits_within_memory, prepared_within_memory

@@ -171,8 +171,19 @@ def check_ct(volume: Volume, path: Path) -> None:
     """
     with np.errstate(invalid="ignore"):
         low, high = extremes(volume.array)
+    bad = 0
     if not (np.isfinite(low) and np.isfinite(high)):
         bad = sum(slab.size - np.count_nonzero(np.isfinite(slab)) for slab in in_slabs(volume.array))
+    check_values(low, high, bad, path)
+
+
+def check_values(low: Any, high: Any, bad: int, path: Path) -> None:
+    """Passes if values from `low` to `high`, and `bad` that are not finite, can be those of a CT.
+
+    Raises:
+        ImageError: as `check_ct`.
+    """
+    if bad:
         raise ImageError(
             f"cannot read '{path}': every voxel must be a number, got {bad} NaN or infinite; export it again"
         )

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ctseg.errors import ImageError
 from ctseg.io import VoxelStream
-from ctseg.io.images import can_stream, checked_header, read_errors, read_image
+from ctseg.io.images import can_stream, check_values, checked_header, read_errors
 from ctseg.volume import Geometry
 
 
@@ -38,7 +38,7 @@ class CTStream:
         self._path = path
         self._voxels: VoxelStream | None = None
         self._first, self._held = 0, self._empty(0)
-        self._lowest, self._highest = np.inf, -np.inf
+        self._lowest, self._highest, self._bad = np.inf, -np.inf, 0
 
     def planes(self, first: int, stop: int) -> NDArray[Any]:
         """Planes `first` to `stop` - 1 as `[k, j, i]`; neither may lie before that of the last call.
@@ -65,9 +65,7 @@ class CTStream:
             self._skip_to(self.geometry.size[2])
             self._open().end()
         self.close()
-        if not (np.isfinite(self._lowest) and np.isfinite(self._highest)) or self._lowest == self._highest:
-            read_image(self._path)  # which tells what is wrong
-            raise ImageError(f"cannot read '{self._path}': it changed while it was read; try again")
+        check_values(self._lowest, self._highest, self._bad, self._path)
 
     def close(self) -> None:
         """Closes the file, if it is open."""
@@ -79,7 +77,9 @@ class CTStream:
         return self._voxels
 
     def _empty(self, planes: int) -> NDArray[Any]:
-        return np.empty((planes, *self.geometry.size[1::-1]), np.float32 if self._is_scaled else self._header.dtype)
+        stored = self._header.dtype
+        kept = stored if stored.itemsize <= 4 and not self._is_scaled else np.dtype(np.float32)
+        return np.empty((planes, *self.geometry.size[1::-1]), kept)
 
     @property
     def _is_scaled(self) -> bool:
@@ -96,15 +96,19 @@ class CTStream:
         """Puts the next planes into an array, and takes note of how far their values reach."""
         if not len(planes):
             return
-        if planes.dtype == self._header.dtype:
-            self._open().fill(planes)
-        else:
-            stored = np.empty(planes.shape, self._header.dtype)
-            self._open().fill(stored)
+        stored = planes if planes.dtype == self._header.dtype else np.empty(planes.shape, self._header.dtype)
+        self._open().fill(stored)
+        if stored is not planes:
             planes[...] = stored
         if self._is_scaled:
             planes *= np.float32(self._header.slope)
             planes += np.float32(self._header.intercept)
-        if planes.dtype.kind == "f" or not self._lowest < self._highest:  # whole numbers are finite
-            self._lowest = np.minimum(self._lowest, planes.min())
-            self._highest = np.maximum(self._highest, planes.max())
+        self._note_values(planes if self._is_scaled else stored)
+
+    def _note_values(self, values: NDArray[Any]) -> None:
+        if values.dtype.kind != "f" and self._lowest < self._highest:
+            return  # whole numbers are finite, and it is known that not all are the same
+        low, high = values.min(), values.max()
+        if not (np.isfinite(low) and np.isfinite(high)):
+            self._bad += values.size - int(np.count_nonzero(np.isfinite(values)))
+        self._lowest, self._highest = min(self._lowest, low), max(self._highest, high)

@@ -129,6 +129,28 @@ class Datastore:
             source.rename(target)
         return image_id
 
+    def add_dicom(self, series_id: str, name: str, source: Path, *, whole: bool) -> None:
+        """Takes the DICOM file `source`, which lies in the same folder, in as part of a series, in a folder of its own.
+
+        Args:
+            series_id: Of its series.
+            name: Tells it from the other files of the series.
+            source: The file.
+            whole: Whether it is all of its series.
+
+        Raises:
+            Conflict: if it is there already, or its series lies elsewhere.
+        """
+        folder = self.folder / series_id
+        with self._lock, output_errors(self.folder):
+            is_new = not os.path.lexists(folder)
+            if folder.is_symlink() or (series_id in self.images() and (is_new or whole)):
+                raise Conflict(f"image {shown(series_id)}: is there already")
+            target = make_folder(folder) / f"{name}.dcm"
+            if os.path.lexists(target):
+                raise Conflict(f"image {shown(series_id)}: has a slice at this place already")
+            source.rename(target)
+
     def labels(self, image_id: str) -> dict[str, Path]:
         """Tag -> file of an image's labels."""
         name = f"{image_id}.nii.gz"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,12 @@ from ctseg.io.dicom.seg import write_seg
 from ctseg.server.images import Image, SeriesImage
 from ctseg.server.problems import Invalid
 from ctseg.server.service import Served, Service
+from ctseg.server.texts import shown
 
 MEDIA_TYPE = "application/dicom"
+
+_NAME = re.compile(r"[^\s\x00-\x1f\x7f\\](?:[^\x00-\x1f\x7f\\]{0,62}[^\s\x00-\x1f\x7f\\])?")
+"""What a DICOM long string holds, in which a backslash begins another value."""
 
 
 def seg_writer(
@@ -31,13 +36,14 @@ def seg_writer(
 
     Raises:
         Invalid: if the image is no DICOM series, as a SEG says of each frame which image it lies on, or `label_info` is
-            something else. What is returned raises ImageError if the series has changed or does not allow a SEG.
+            not that. What is returned raises ImageError if the series has changed or does not allow a SEG.
     """
     if not isinstance(image, SeriesImage):
         raise Invalid("output: dicom_seg needs a DICOM series, the image is another file; ask for output=image")
     model = served.model
-    names = _names(params.get("label_info"))
-    structures = [_called(one, names.get(one.value), served.takes_clicks) for one in structures_of(model.recipe)]
+    known = structures_of(model.recipe)
+    names = _names(params.get("label_info"), known)
+    structures = [_called(one, names.get(one.value), served.takes_clicks) for one in known]
     algorithm = Algorithm(name=model.recipe.name, version=ctseg.__version__, model=model.sha256[:16])
 
     def write(mask: NDArray[np.uint8]) -> bytes:
@@ -56,10 +62,16 @@ def _called(structure: Structure, name: str | None, by_clicks: bool) -> Structur
     return uncoded(structure.value, name) if by_clicks else replace(structure, name=name)
 
 
-def _names(label_info: Any) -> dict[int, str]:
-    if label_info is None:
-        return {}
+def _names(label_info: Any, structures: Sequence[Structure]) -> dict[int, str]:
+    """Value -> name; values are those of the structures."""
+    known = {one.value for one in structures}
     try:
-        return {int(one.get("idx", n)): str(one["name"]) for n, one in enumerate(label_info, 1)}
+        names = {int(one.get("idx", n)): one["name"] for n, one in enumerate(label_info or (), 1)}
     except (AttributeError, TypeError, ValueError, KeyError, OverflowError) as error:
         raise Invalid("label_info: expected a list of objects with a name and an idx") from error
+    for value, name in names.items():
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise Invalid(f"label_info: expected a name of at most 64 characters without '\\', got {shown(str(name))}")
+        if value not in known:
+            raise Invalid(f"label_info: expected an idx of {', '.join(map(str, sorted(known)))}, got {value}")
+    return names

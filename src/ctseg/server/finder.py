@@ -16,7 +16,7 @@ from ctseg.io.dicom.files import MAX_FILES
 from ctseg.io.dicom.headers import pydicom_silent
 from ctseg.io.dicom.names import series_name
 from ctseg.io.dicom.read import Found, find_series, read_extent
-from ctseg.io.dicom.series import Series
+from ctseg.io.dicom.series import Slice
 from ctseg.manifest import image_stem, is_image_name
 from ctseg.server.images import FileImage, Image, SeriesImage, parts_of
 from ctseg.server.texts import is_text
@@ -183,16 +183,19 @@ def image_in_file(path: Path) -> Image:
     return images[0]
 
 
-def lone_slice(path: Path) -> tuple[str, Series] | None:
-    """A series of one slice that may be sound, and its id; None if a DICOM file holds anything else.
+def lone_slice(path: Path) -> tuple[str, Slice] | None:
+    """The id of the series that a DICOM file is one slice of, and the slice; None if it holds anything else.
 
-    It becomes an image with its neighbours.
+    Raises:
+        ImageError: if it does not say which series that is.
     """
     found = find_series([path]).series
     if len(found) != 1 or not found[0].is_ct or {problem.code for problem in found[0].problems} != {"single"}:
         return None
+    if not found[0].uid:
+        raise ImageError("file: a slice must have a SeriesInstanceUID, got none; export it again")
     with pydicom_silent():
-        return series_name(found[0], found, keep_identifiers=False), found[0]
+        return series_name(found[0], found, keep_identifiers=False), next(iter(found[0]))
 
 
 def _readable(found: Found) -> tuple[list[SeriesImage], Counter[str]]:

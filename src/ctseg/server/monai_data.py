@@ -46,7 +46,7 @@ def datastore(
 def put_image(
     service: ServiceHere, file: UploadFile, image: str | None = None, params: FormJson = "{}"
 ) -> dict[str, Any]:
-    """Its id is `image`, else the file's name without the suffix; one that is there is not replaced."""
+    """Its id is `image`, else the file's name without the suffix, of DICOM a pseudonym; none is ever replaced."""
     plain_object(params)
     return {"image": add_image(service, file, image)}
 

@@ -187,7 +187,7 @@ def _trainer_info(one: Served) -> dict[str, Any]:
 
 def _session_info(session_id: str, entry: Entry[Any]) -> dict[str, Any]:
     times = {"create_ts": int(entry.created), "last_access_ts": int(entry.used), "expiry": int(entry.seconds)}
-    return {"name": session_id, "path": "", "image": entry.content.image.name, "meta": {}, **times}
+    return {"name": session_id, "path": "", "image": entry.content.path.name, "meta": {}, **times}
 
 
 def _model_file(served: Served) -> Path:

@@ -95,7 +95,10 @@ def list_images(service: ServiceHere) -> dict[str, Any]:
 
 @router.post("/images", summary="Add an image", status_code=201)
 def upload_image(service: ServiceHere, file: UploadFile, id: Annotated[str | None, Form()] = None) -> dict[str, str]:
-    """Takes one NIfTI, NRRD or MHA file in; its id is its name without the suffix unless `id` is given."""
+    """Takes one NIfTI, NRRD or MHA file in; its id is its name without the suffix unless `id` is given.
+
+    A DICOM file is called by its series' pseudonym, whatever is given.
+    """
     return {"id": add_image(service, file, id)}
 
 

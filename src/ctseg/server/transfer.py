@@ -6,6 +6,7 @@ import secrets
 import shutil
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from fastapi import Request, UploadFile
@@ -37,7 +38,7 @@ async def image_for(
     with ExitStack() as stack:
         if file is not None and file.filename:
             path = await run_in_threadpool(stack.enter_context, received(service, file, DICOM_SUFFIX))
-            yield await run_in_threadpool(image_in_file, path)
+            yield await run_in_threadpool(_image_in_file, service, path)
         elif session_id:
             yield service.uploads.get(session_id).content.image
         elif image:
@@ -55,12 +56,17 @@ def keep_upload(service: Service, file: UploadFile, seconds: int) -> str:
     """
     service.uploads.check_room()
     with received(service, file, DICOM_SUFFIX) as path:
-        service.check_size(image_in_file(path))
+        service.check_size(_image_in_file(service, path))
         folder = service.scratch / f"session-{secrets.token_hex(8)}"
         folder.mkdir(mode=0o700)
         kept = folder / path.name
         shutil.move(path, kept)
-    return service.uploads.add(Upload(image_in_file(kept), kept), seconds if seconds > 0 else None)
+    return service.uploads.add(Upload(_image_in_file(service, kept), kept), seconds if seconds > 0 else None)
+
+
+def _image_in_file(service: Service, path: Path) -> Image:
+    with service.unpacking:
+        return image_in_file(path)
 
 
 async def segment_for(

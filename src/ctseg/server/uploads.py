@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import shutil
 import tempfile
@@ -11,14 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import UploadFile
+from pydicom.filereader import read_partial
+from pydicom.uid import DeflatedExplicitVRLittleEndian
 
+from ctseg.io.dicom.frames import CT_CLASSES
 from ctseg.io.dicom.pixels import read_voxels
+from ctseg.io.dicom.series import Slice
 from ctseg.manifest import IMAGE_SUFFIXES, image_stem, is_image_name
 from ctseg.server.finder import DICOM_SUFFIX, image_in_file, lone_slice
 from ctseg.server.images import SeriesImage
 from ctseg.server.problems import Invalid, WrongFile
 from ctseg.server.service import Service
 from ctseg.server.texts import read_json
+
+META_BYTES, META_GROUP = 2**16, 2
+"""Where a DICOM file says what it is, before its header."""
 
 
 @contextmanager
@@ -31,7 +39,7 @@ def received(service: Service, file: UploadFile, *more: str) -> Iterator[Path]:
         more: Suffixes that are taken beside those of images, such as `.dcm`.
 
     Raises:
-        WrongFile: if its name is not that of an image.
+        WrongFile: if its name is not that of an image, or it is called `.dcm` and is something else.
     """
     name = Path((file.filename or "").replace("\\", "/")).name
     suffix = name[len(image_stem(Path(name))) :].lower()
@@ -43,53 +51,58 @@ def received(service: Service, file: UploadFile, *more: str) -> Iterator[Path]:
         with path.open("wb") as target:
             shutil.copyfileobj(file.file, target, 2**20)
         if suffix == DICOM_SUFFIX and not _is_dicom(path):
-            raise WrongFile("file: '.dcm' must be one DICOM file with its preamble, not an archive or something else")
+            raise WrongFile("file: '.dcm' must be DICOM of a CT with its preamble, neither deflated nor an archive")
         yield path
 
 
 def _is_dicom(path: Path) -> bool:
-    """Whether it begins as DICOM does, and not as something that would be unpacked."""
+    """Whether it begins as DICOM does, names a CT, and nothing of it has to be unpacked to read its header."""
     with path.open("rb") as file:
-        start = file.read(132)
-    return start[128:] == b"DICM" and start[:2] != b"PK"
+        start = file.read(META_BYTES)
+    if start[128:132] != b"DICM" or start[:2] == b"PK":
+        return False
+    try:
+        meta = read_partial(io.BytesIO(start), lambda tag, _vr, _length: tag.group != META_GROUP).file_meta
+        return meta.MediaStorageSOPClassUID in CT_CLASSES and meta.TransferSyntaxUID != DeflatedExplicitVRLittleEndian
+    except Exception:  # pydicom raises anything on hostile bytes
+        return False
 
 
 def add_image(service: Service, file: UploadFile, image_id: str | None = None) -> str:
     """The id of an uploaded image, which is from now on one of the studies.
 
-    DICOM is called by its series' pseudonym; slices that are sent one by one are an image from the second on.
+    DICOM is called by its series' pseudonym and lies in a folder of that name, where slices that are sent one by one
+    come together; they are an image once they are a volume without gaps.
 
     Raises:
         ImageError: if it is not a CT that can be trusted.
-        Conflict: if there is one of that id.
+        Conflict: if it is there already.
     """
     stem = image_stem(Path((file.filename or "").replace("\\", "/")))
     wanted = image_stem(Path(image_id)) if image_id and is_image_name(Path(image_id)) else image_id
     with received(service, file, DICOM_SUFFIX) as path:
-        series_id = _checked(service, path)
-        added = service.datastore.add_image(wanted or stem, path)
-    return series_id or added
-
-
-def _checked(service: Service, path: Path) -> str | None:
-    """The id of the series in a DICOM file, None for an image file.
-
-    Raises:
-        ImageError: if it is not a CT, or a slice of one, that can be trusted.
-    """
-    lone = lone_slice(path) if path.suffix == DICOM_SUFFIX else None
-    if lone is not None:
-        series_id, series = lone
-        slices = list(series)
-        service.check_voxels(math.prod(slices[0].size))
         with service.unpacking:
-            read_voxels(slices, [0], 1)
-        return series_id
-    image = image_in_file(path)
-    service.check_size(image)
+            lone = lone_slice(path) if path.suffix == DICOM_SUFFIX else None
+        if lone is not None:
+            return _add_slice(service, path, *lone)
+        with service.unpacking:
+            image = image_in_file(path)
+        service.check_size(image)
+        with service.unpacking:
+            image.read()
+        if not isinstance(image, SeriesImage):
+            return service.datastore.add_image(wanted or stem, path)
+        service.datastore.add_dicom(image.id, "frames", path, whole=True)
+        return image.id
+
+
+def _add_slice(service: Service, path: Path, series_id: str, one: Slice) -> str:
+    service.check_voxels(math.prod(one.size))
     with service.unpacking:
-        image.read()
-    return image.id if isinstance(image, SeriesImage) else None
+        read_voxels([one], [0], 1)
+    place = "_".join(f"{float(mm):+.3f}" for mm in one.position_mm)
+    service.datastore.add_dicom(series_id, f"slice_{place}", path, whole=False)
+    return series_id
 
 
 def plain_object(text: str, what: str = "params") -> dict[str, Any]:

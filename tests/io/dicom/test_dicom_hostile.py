@@ -388,6 +388,21 @@ def test_a_deflated_bomb_is_not_inflated(series_plan, make_series: Maker, at_mos
     assert len(found.series[0]) == 5
 
 
+def test_what_follows_the_pixels_of_a_deflated_file_is_not_inflated(series_plan, make_series: Maker, at_most):
+    import zlib
+
+    folder = make_series(series_plan(syntax="1.2.840.10008.1.2.1.99"))
+    path = folder / "slice002.dcm"
+    data = path.read_bytes()
+    end = 144 + int.from_bytes(data[140:144], "little")
+    whole = zlib.decompress(data[end:], -zlib.MAX_WBITS) + b"\xfc\xff\xfc\xffOB\0\0" + (2**27).to_bytes(4, "little")
+    packer = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    path.write_bytes(data[:end] + packer.compress(whole + bytes(2**27)) + packer.flush())
+    series = find_series([folder]).series[0]
+    with at_most(2**24), pytest.raises(ImageError, match="more than its header promises"):
+        read_series(series)
+
+
 def test_absurd_positions_do_not_fill_the_memory(series_plan, make_series: Maker, at_most):
     def far(dataset, n: int) -> None:
         dataset.ImagePositionPatient = [0, 0, [0, 0.02, 0.04, 0.06, 0.08, 999999.98][n]]

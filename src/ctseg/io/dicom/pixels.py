@@ -45,6 +45,10 @@ For JPEG 2000 that is imagecodecs too, and it is faster; where it is not install
 """
 
 
+MAX_AFTER_PIXELS = 2**20
+"""Bytes that may follow the pixels in a deflated file, which is unpacked as a whole."""
+
+
 class _TooWideError(Exception):
     """A value does not fit the integers of the array."""
 
@@ -229,7 +233,8 @@ def _native(slices: Sequence[Slice], room: Sequence[NDArray[Any]] | None) -> Ite
 
 def _plain(one: Slice) -> io.BufferedIOBase:
     if _place(one).deflated:
-        return io.BytesIO(read_bytes(one.source, MAX_FILE_BYTES))
+        end = _place(one).offset + (_place(one).length or 0)
+        return io.BytesIO(read_bytes(one.source, min(MAX_FILE_BYTES, end + MAX_AFTER_PIXELS)))
     return one.source.open()
 
 

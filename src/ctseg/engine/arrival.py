@@ -64,6 +64,10 @@ class Arrival:
         with self._changed:
             self._is_cancelled = True
 
+    def forget(self) -> None:
+        """Lets go of what ended preparing: its traceback holds whoever waited, and the arrays of that."""
+        self._error = None
+
     def _wait_until(self, is_there: Callable[[], bool]) -> None:
         started = time.perf_counter()
         with self._changed:
@@ -99,3 +103,4 @@ def arriving(
     finally:
         arrival.cancel()
         thread.join()
+        arrival.forget()

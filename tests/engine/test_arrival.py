@@ -1,8 +1,13 @@
 """A CT that is segmented while it is read: windows wait for their planes, and a damaged end spoils all."""
 
+import gc
+import itertools
 import threading
 import time
+import weakref
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +17,9 @@ from numpy.typing import NDArray
 
 from ctseg import preprocess
 from ctseg.arrays import HOST
-from ctseg.arrival import Arrival, arriving
+from ctseg.engine.arrival import Arrival, arriving
+from ctseg.engine.model import Model
+from ctseg.engine.predict import predict, predict_taken
 from ctseg.errors import ImageError
 from ctseg.preprocess import prepare
 from ctseg.specs import Preprocess
@@ -41,7 +48,7 @@ class Slow:
 
     def finish(self) -> None:
         if self._error is not None:
-            raise self._error
+            raise type(self._error)(*self._error.args)
 
     def allow(self, planes: int) -> None:
         with self.more:
@@ -140,3 +147,53 @@ def test_torch_sees_the_same_image(volume: Volume) -> None:
     with arriving(stream, SPEC, device, None) as (prepared, arrival):
         arrival.wait_for_end()
     assert torch.equal(prepared.image_XYZ, prepare(volume, SPEC, device).image_XYZ)
+
+
+def test_what_ended_preparing_is_let_go_with_whoever_waited(volume: Volume) -> None:
+    """Else a CT's arrays would stay until Python looks for garbage."""
+    stream = Slow(volume, ImageError("the checksum is wrong"))
+    stream.allow(30)
+    kept: list[weakref.ref[Any]] = []
+
+    def use() -> None:
+        with suppress(ImageError), arriving(stream, SPEC, HOST, None) as (prepared, arrival):
+            kept.append(weakref.ref(prepared))
+            arrival.wait_for_end()
+
+    gc.collect()
+    gc.disable()
+    try:
+        use()
+        assert kept[0]() is None
+    finally:
+        gc.enable()
+
+
+DIRECTIONS = [
+    np.diag([-1.0, -1.0, sign])[:, list(order)] for order in itertools.permutations(range(3)) for sign in (1, -1)
+]
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_windows_run_as_their_planes_come(tiny_model: Model, direction: NDArray[np.float64], fast: bool) -> None:
+    """Along any axis of the network's grid, in either direction: more planes come after each window."""
+    model = replace(tiny_model, forward=lambda image: torch.cat([0.5 - image, image - 0.5], dim=1))
+    size = (16, 14, 60)
+    affine = np.eye(4)
+    affine[:3, :3] = direction * 8.0  # the tiny recipe's spacing
+    array = np.random.default_rng(0).integers(-400, 400, size, dtype=np.int16)
+    volume = Volume(np.asfortranarray(array), Geometry(size, affine))
+    expected = predict(model, volume, fast=fast)
+    stream = Slow(volume)
+    stream.allow(20)
+    read_before: list[int] = []
+
+    def on_window(done: int, _: int) -> None:
+        read_before.append(max(stream.read))
+        stream.allow(min(60, 20 + 13 * done))
+
+    found = predict_taken(model, lambda: stream, on_window, fast=fast)
+    np.testing.assert_array_equal(found, expected)
+    assert 0 < expected.mean() < 1
+    assert read_before[0] <= 20
