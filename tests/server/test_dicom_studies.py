@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 import zipfile
@@ -313,10 +314,15 @@ def test_ohif_asks_by_its_uid(dicom: SimpleNamespace) -> None:
     assert live.json("GET", f"/datastore/label/info?label={dicom.uid}")["params"]["label_info"]
     assert live.call("GET", f"/api/images/{dicom.uid}/labels/final").ok
     assert live.call("GET", f"/datastore/label?label={dicom.uid}&tag=final").ok
-    told = "\n".join(list(LOG_LINES)[before:])
+    told = without_request_ids("\n".join(list(LOG_LINES)[before:]))
     assert "/infer/{model} 200" in told
     for secret in (dicom.uid, dicom.id, header.StudyInstanceUID, "Muster", "4711"):
         assert secret not in told
+
+
+def without_request_ids(log: str) -> str:
+    """They are made by chance, and may hold any four digits."""
+    return re.sub(r"request [0-9a-f]{12}", "request", log)
 
 
 def test_nothing_of_the_patient_leaves_the_server(dicom: SimpleNamespace) -> None:
@@ -326,6 +332,7 @@ def test_nothing_of_the_patient_leaves_the_server(dicom: SimpleNamespace) -> Non
         content = live.call("GET", call).content
         if content[:2] == b"\x1f\x8b":
             content = gzip.decompress(content)[:2000]
+        content = without_request_ids(content.decode("latin-1")).encode("latin-1")
         assert not any(secret in content for secret in SECRETS), call
     live.json("PUT", f"/datastore/image/info?image={dicom.uid}", data={"info": "{}"})
     index = (dicom.studies / "labels" / "index.json").read_bytes()
