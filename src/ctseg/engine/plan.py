@@ -36,7 +36,7 @@ from ctseg.volume import orientation_to_ras
 PLAIN, VOLUMES, ALL = "in memory", "CT and mask on disk", "all on disk"
 TOO_LARGE, UNREADABLE = "does not fit", "cannot be read"
 """Ways of a case. Masks are the same voxel for voxel; on disk takes longer."""
-SPARE_BYTES = 64 * 2**20
+SPARE_BYTES = 48 * 2**20
 """What slabs and readers take beside all that is counted."""
 SPARE_SHARE = 0.2
 """Of what a window takes: the heap's gaps differ from run to run, and so what it grows by."""
