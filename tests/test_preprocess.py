@@ -507,3 +507,26 @@ def test_a_coarse_grid_takes_little_beside_the_result(spacing_mm: tuple[float, f
         tracemalloc.stop()
     assert isinstance(prepared.image_XYZ, np.ndarray)
     assert peak_bytes - prepared.image_XYZ.nbytes < 40e6
+
+
+def test_a_narrow_label_comes_in_small_pieces() -> None:
+    """Its box is narrow, so that many planes of it are sampled at once; the CT's own planes are large."""
+    size = (256, 256, 1000)
+    grid = Geometry.from_parts(size, (1.0, 1.0, 1.0), (0.0, 0.0, 0.0), direction("RAS"))
+    coarse = Geometry.from_parts((64, 64, 250), (4.0, 4.0, 4.0), (0.0, 0.0, 0.0), direction("RAS"))
+    scores_CXYZ = np.full((1, *coarse.size), -1.0, dtype=np.float32)
+    scores_CXYZ[0, 30:33, 30:33] = 1.0
+    prepared = Prepared(scores_CXYZ[0, :0], coarse, grid)
+    expected = preprocess.restore(scores_CXYZ, prepared)
+    assert expected.any(axis=(0, 1)).all()
+    tracemalloc.start()
+    try:
+        start = 0
+        for piece in restored_planes(scores_CXYZ, prepared):
+            assert np.array_equal(piece, expected.T[start : start + len(piece)])
+            start += len(piece)
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert start == size[2]
+    assert peak_bytes < 20e6  # of 65.5 MB

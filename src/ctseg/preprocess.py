@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -244,26 +245,29 @@ def restore(scores_CXYZ: Array, prepared: Prepared, scratch: Path | None = None)
     return labels
 
 
-def restored_planes(scores_CXYZ: Array, prepared: Prepared) -> Iterator[NDArray[np.uint8]]:
+def restored_planes(scores_CXYZ: Array, prepared: Prepared) -> Generator[NDArray[np.uint8], None, None]:
     """What `restore` gives, piece by piece and never as a whole: `[k, j, i]` of the next planes along k, to the end."""
     columns, rows, planes = prepared.source.size
+    depth = max(1, SLAB_VOXELS // (rows * columns))
     found = _labelled(scores_CXYZ, prepared)
-    done = 0
-    if found is not None:
-        for start, part in found.parts:
-            first = found.box[0].start + start
-            yield from _unlabelled(first - done, rows, columns)
-            whole = np.zeros((len(part), rows, columns), dtype=np.uint8)
-            whole[:, found.box[1], found.box[2]] = part
-            yield whole
-            done = first + len(part)
-    yield from _unlabelled(planes - done, rows, columns)
+    if found is None:
+        yield from _unlabelled(planes, depth, rows, columns)
+        return
+    in_depth, in_rows, in_columns = found.box
+    yield from _unlabelled(in_depth.start, depth, rows, columns)
+    with closing(found.parts):
+        for _, part in found.parts:  # a narrow box has deep ones
+            for start in range(0, len(part), depth):
+                labels = part[start : start + depth]
+                whole = np.zeros((len(labels), rows, columns), dtype=np.uint8)
+                whole[:, in_rows, in_columns] = labels
+                yield whole
+    yield from _unlabelled(planes - in_depth.stop, depth, rows, columns)
 
 
-def _unlabelled(planes: int, rows: int, columns: int) -> Iterator[NDArray[np.uint8]]:
-    empty = np.zeros((max(1, min(planes, SLAB_VOXELS // (rows * columns))), rows, columns), dtype=np.uint8)
-    for start in range(0, planes, len(empty)):
-        yield empty[: planes - start]
+def _unlabelled(planes: int, depth: int, rows: int, columns: int) -> Iterator[NDArray[np.uint8]]:
+    empty = np.zeros((min(planes, depth), rows, columns), dtype=np.uint8)
+    return (empty[: planes - start] for start in range(0, planes, depth))
 
 
 @dataclass(frozen=True, eq=False)
@@ -271,7 +275,7 @@ class _Labelled:
     """The box `[k, j, i]` of a CT that can hold labels, and its parts in order: their first plane in it, and labels."""
 
     box: tuple[slice, slice, slice]
-    parts: Iterator[tuple[int, NDArray[np.uint8]]]
+    parts: Generator[tuple[int, NDArray[np.uint8]], None, None]
 
 
 def _labelled(scores_CXYZ: Array, prepared: Prepared) -> _Labelled | None:
@@ -376,7 +380,7 @@ def _resampled(
     use: Callable[[int, list[Array]], Result],
     *,
     as_read: bool = False,
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """What `use(start, slabs)` gives for pieces of all channels sampled by `taps`, as float32, cut along axis 0.
 
     `planes(first, stop)` gives those planes of every channel, of `shape` in all. It is called in this thread, for
@@ -390,7 +394,7 @@ def _resampled(
     threads = max(1, min(free_threads(MAX_THREADS), SLAB_VOXELS // largest)) if device.type == "cpu" else 1
     within_first = _makes_fewer_values_within_first(shape, sizes)
     between = depth_in * to_rows * columns // to_planes if within_first else rows * columns
-    depth = max(1, SLAB_VOXELS // threads // max(between, to_rows * to_columns))
+    depth = max(1, SLAB_VOXELS // (threads * channels) // max(between, to_rows * to_columns))
     if as_read:  # pieces of what is read wait: one for each thread, one in hand, one held for its last planes
         planes_at_once = STREAMED_VOXELS // ((2 * threads + 2) * rows * columns)
         depth = min(depth, max(1, (planes_at_once - 2) * to_planes // depth_in))

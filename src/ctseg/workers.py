@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TypeVar
@@ -58,7 +58,7 @@ def in_threads(work: Callable[[Item], Result], items: Iterable[Item], threads: i
     return list(in_order(work, items, threads))
 
 
-def in_order(work: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
+def in_order(work: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Generator[Result, None, None]:
     """`work` of each item, in order, so many at a time; what it raises is raised here, and then no more begin.
 
     Items are taken in this thread, which holds one while one waits for each that is worked on: they may be read from a

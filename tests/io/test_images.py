@@ -407,6 +407,11 @@ def test_a_mask_whose_making_ends_early_is_not_written(tmp_path: Path, suffix: s
         write_labels(tmp_path / f"a{suffix}", LabelStream(grid, fails()), grid)
     with pytest.raises(ValueError, match="a label map of 3 planes does not fit"):
         write_labels(tmp_path / f"a{suffix}", LabelStream(grid, iter([np.zeros((3, 8, 9), np.uint8)])), grid)
+    for wrong in (np.zeros((7, 9, 8), np.uint8), np.zeros((7, 8, 9), bool)):
+        with pytest.raises(ValueError, match="do not fit a grid"):
+            write_labels(tmp_path / f"a{suffix}", LabelStream(grid, iter([wrong])), grid)
+    with pytest.raises(ValueError, match="do not fit a grid"):
+        write_labels(tmp_path / f"a{suffix}", LabelStream(grid, iter([])), Geometry((9, 8, 6), oblique.affine))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -280,18 +280,20 @@ def _write_restored(work: _Work, scores: Scores) -> NDArray[np.int64]:
     """Writes a mask while it is restored, never in memory as a whole; how many voxels have each value."""
     counts, seconds = np.zeros(256, dtype=np.int64), 0.0
 
-    def pieces() -> Iterator[NDArray[np.uint8]]:
+    def pieces() -> Generator[NDArray[np.uint8], None, None]:
         nonlocal seconds
-        planes, started = restored_planes(scores.values_CXYZ, scores.prepared), time.perf_counter()
-        for piece in planes:
-            seconds += time.perf_counter() - started
-            yield piece
-            counts[:] += count_values(piece, len(counts))
-            started = time.perf_counter()
+        started = time.perf_counter()
+        with closing(restored_planes(scores.values_CXYZ, scores.prepared)) as planes:
+            for piece in planes:
+                seconds += time.perf_counter() - started
+                yield piece
+                counts[:] += count_values(piece, len(counts))
+                started = time.perf_counter()
 
     geometry = scores.prepared.source
     make_folder(work.job.mask.parent)
-    write_labels(work.job.mask, LabelStream(geometry, pieces()), geometry)
+    with closing(pieces()) as made:
+        write_labels(work.job.mask, LabelStream(geometry, made), geometry)
     work.clock.move(seconds, "write", "restore")
     return counts
 

@@ -185,6 +185,8 @@ def in_file_order(volume: Volume | LabelStream) -> Iterator[memoryview]:
     if isinstance(volume, LabelStream):
         planes = 0
         for piece in volume.pieces:
+            if piece.dtype != np.uint8 or piece.shape[1:] != volume.geometry.size[1::-1]:
+                raise ValueError(f"planes of {piece.dtype} {piece.shape} do not fit a grid of {volume.geometry.size}")
             planes += len(piece)
             yield from (np.ascontiguousarray(plane).reshape(-1).data for plane in piece)
         if planes != volume.geometry.size[2]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,9 @@ def write_labels(path: Path, labels: NDArray[np.uint8] | LabelStream, geometry: 
         ValueError: if `labels` is not uint8 or not of the size of `geometry`.
     """
     if isinstance(labels, LabelStream):
-        _write(path, labels)
+        if labels.geometry.size != geometry.size:
+            raise ValueError(f"labels of {labels.geometry.size} do not fit a grid of {geometry.size}")
+        _write(path, replace(labels, geometry=geometry))
         return
     if labels.dtype != np.uint8 or labels.shape != geometry.size:
         raise ValueError(f"labels must be uint8 of size {geometry.size}, got {labels.dtype} of {labels.shape}")

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from ctseg.errors import CtsegError, ImageError
 from ctseg.files import atomic_path, make_folder, output_errors
+from ctseg.io.dicom.geometry import POSITION_TOLERANCE_MM
 from ctseg.io.images import read_labels, write_labels
 from ctseg.manifest import image_stem
 from ctseg.server.finder import Finder
@@ -38,6 +39,10 @@ REPLACED = "replaced"
 
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _ID = re.compile(r"[\w(][\w .()+,=@-]{0,199}")
+
+
+_FRAMES, _SLICE = "frames.dcm", "slice_"
+"""Names of DICOM files that clients have sent; that of a slice goes on with its place in millimetres."""
 
 
 class Datastore:
@@ -129,27 +134,27 @@ class Datastore:
             source.rename(target)
         return image_id
 
-    def add_dicom(self, series_id: str, name: str, source: Path, *, whole: bool) -> None:
+    def add_dicom(self, series_id: str, source: Path, position_mm: NDArray[np.float64] | None = None) -> None:
         """Takes the DICOM file `source`, which lies in the same folder, in as part of a series, in a folder of its own.
 
         Args:
             series_id: Of its series.
-            name: Tells it from the other files of the series.
             source: The file.
-            whole: Whether it is all of its series.
+            position_mm: Of its only slice; None if it is a whole series.
 
         Raises:
-            Conflict: if it is there already, or its series lies elsewhere.
+            Conflict: if it, or a slice at its place, is there already, or its series lies elsewhere.
         """
         folder = self.folder / series_id
         with self._lock, output_errors(self.folder):
             is_new = not os.path.lexists(folder)
-            if folder.is_symlink() or (series_id in self.images() and (is_new or whole)):
+            taken = folder.is_symlink() or (series_id in self.images() if is_new else position_mm is None)
+            if taken or os.path.lexists(folder / _FRAMES):
                 raise Conflict(f"image {shown(series_id)}: is there already")
-            target = make_folder(folder) / f"{name}.dcm"
-            if os.path.lexists(target):
+            if position_mm is not None and any(_is_near(path, position_mm) for path in folder.glob(f"{_SLICE}*.dcm")):
                 raise Conflict(f"image {shown(series_id)}: has a slice at this place already")
-            source.rename(target)
+            name = _FRAMES if position_mm is None else f"{_SLICE}{'_'.join(f'{mm:+.3f}' for mm in position_mm)}.dcm"
+            source.rename(make_folder(folder) / name)
 
     def labels(self, image_id: str) -> dict[str, Path]:
         """Tag -> file of an image's labels."""
@@ -331,6 +336,15 @@ def read_label_of(path: Path, image: Image) -> tuple[NDArray[np.uint8], Geometry
     if path.stat().st_size != voxels:
         raise ImageError(f"label: expected a byte for each of {voxels} voxels, got {path.stat().st_size} bytes")
     return np.fromfile(path, dtype=np.uint8).reshape(geometry.size, order="F"), geometry
+
+
+def _is_near(path: Path, position_mm: NDArray[np.float64]) -> bool:
+    """Whether the slice of this name lies at the place."""
+    try:
+        there_mm = [float(mm) for mm in path.stem.removeprefix(_SLICE).split("_")]
+    except ValueError:  # someone else's file
+        return False
+    return len(there_mm) == 3 and bool(np.abs(position_mm - there_mm).max() <= 2 * POSITION_TOLERANCE_MM)
 
 
 def _claim(folder: Path) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import shutil
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def keep_upload(service: Service, file: UploadFile, seconds: int) -> str:
 
 
 def _image_in_file(service: Service, path: Path) -> Image:
-    with service.unpacking:
+    with service.unpacking if path.suffix == DICOM_SUFFIX else nullcontext():
         return image_in_file(path)
 
 

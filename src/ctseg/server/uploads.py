@@ -16,6 +16,7 @@ from pydicom.filereader import read_partial
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from ctseg.io.dicom.frames import CT_CLASSES
+from ctseg.io.dicom.headers import is_deflated, pydicom_silent
 from ctseg.io.dicom.pixels import read_voxels
 from ctseg.io.dicom.series import Slice
 from ctseg.manifest import IMAGE_SUFFIXES, image_stem, is_image_name
@@ -59,10 +60,11 @@ def _is_dicom(path: Path) -> bool:
     """Whether it begins as DICOM does, names a CT, and nothing of it has to be unpacked to read its header."""
     with path.open("rb") as file:
         start = file.read(META_BYTES)
-    if start[128:132] != b"DICM" or start[:2] == b"PK":
+    if start[128:132] != b"DICM" or start[:2] == b"PK" or is_deflated(start):
         return False
     try:
-        meta = read_partial(io.BytesIO(start), lambda tag, _vr, _length: tag.group != META_GROUP).file_meta
+        with pydicom_silent():
+            meta = read_partial(io.BytesIO(start), lambda tag, _vr, _length: tag.group != META_GROUP).file_meta
         return meta.MediaStorageSOPClassUID in CT_CLASSES and meta.TransferSyntaxUID != DeflatedExplicitVRLittleEndian
     except Exception:  # pydicom raises anything on hostile bytes
         return False
@@ -92,7 +94,7 @@ def add_image(service: Service, file: UploadFile, image_id: str | None = None) -
             image.read()
         if not isinstance(image, SeriesImage):
             return service.datastore.add_image(wanted or stem, path)
-        service.datastore.add_dicom(image.id, "frames", path, whole=True)
+        service.datastore.add_dicom(image.id, path)
         return image.id
 
 
@@ -100,8 +102,7 @@ def _add_slice(service: Service, path: Path, series_id: str, one: Slice) -> str:
     service.check_voxels(math.prod(one.size))
     with service.unpacking:
         read_voxels([one], [0], 1)
-    place = "_".join(f"{float(mm):+.3f}" for mm in one.position_mm)
-    service.datastore.add_dicom(series_id, f"slice_{place}", path, whole=False)
+    service.datastore.add_dicom(series_id, path, position_mm=one.position_mm)
     return series_id
 
 

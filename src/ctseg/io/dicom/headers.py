@@ -363,11 +363,17 @@ def _parse(source: Source, start: bytes, tags: list[BaseTag | int] | None) -> He
     return Header(source, dataset, place, syntax, dataset.original_encoding[1] in (True, None))
 
 
+def is_deflated(start: bytes) -> bool:
+    """Whether what a file begins with says that the rest is packed."""
+    end = 144 + int.from_bytes(start[140:144], "little")
+    return start[128:138] == b"DICM\x02\0\0\0UL" and _DEFLATED in start[144 : min(end, 2**16)]
+
+
 def _inflated(data: bytes, limit: int) -> bytes:
     """A deflated file as an explicit little endian one, at most `limit` bytes; any other as it is."""
-    end = 144 + int.from_bytes(data[140:144], "little")
-    if data[128:138] != b"DICM\x02\0\0\0UL" or _DEFLATED not in data[144 : min(end, 2**16)]:
+    if not is_deflated(data):
         return data
+    end = 144 + int.from_bytes(data[140:144], "little")
     head = data[:end].replace(_DEFLATED, _EXPLICIT)
     try:
         return head + zlib.decompressobj(-zlib.MAX_WBITS).decompress(data[end:], limit)
