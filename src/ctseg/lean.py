@@ -13,8 +13,8 @@ from contextlib import contextmanager
 def importing() -> Iterator[None]:
     """For imports: Python looks for no garbage meanwhile.
 
-    Modules are thousands of objects that stay; to look through them again and again is a tenth of a start. In a process
-    that has frozen what it began with, as the program `ctseg` does, it never looks through these either.
+    Modules are thousands of objects that stay; it would look through them again and again. In a process that has frozen
+    what it began with, as the program `ctseg` does, it never does later either.
     """
     if not gc.isenabled():
         yield

@@ -238,10 +238,12 @@ def restore(scores_CXYZ: Array, prepared: Prepared, scratch: Path | None = None)
     labels: NDArray[np.uint8] = new_array(prepared.source.size[::-1], np.uint8, scratch).T
     found = _labelled(scores_CXYZ, prepared)
     if found is not None:
-        target = labels.T[found.box]
-        for start, part in found.parts:
-            target[start : start + len(part)] = part
-            release(target[start : start + len(part)])
+        target, done = labels.T[found.box], 0
+        for part in found.parts:
+            room = target[done : done + len(part)]
+            room[...] = part
+            release(room)
+            done += len(part)
     return labels
 
 
@@ -256,7 +258,7 @@ def restored_planes(scores_CXYZ: Array, prepared: Prepared) -> Generator[NDArray
     in_depth, in_rows, in_columns = found.box
     yield from _unlabelled(in_depth.start, depth, rows, columns)
     with closing(found.parts):
-        for _, part in found.parts:  # a narrow box has deep ones
+        for part in found.parts:  # a narrow box has deep ones
             for start in range(0, len(part), depth):
                 labels = part[start : start + depth]
                 whole = np.zeros((len(labels), rows, columns), dtype=np.uint8)
@@ -272,10 +274,10 @@ def _unlabelled(planes: int, depth: int, rows: int, columns: int) -> Iterator[ND
 
 @dataclass(frozen=True, eq=False)
 class _Labelled:
-    """The box `[k, j, i]` of a CT that can hold labels, and its parts in order: their first plane in it, and labels."""
+    """The box `[k, j, i]` of a CT that can hold labels, and these, some planes after the others."""
 
     box: tuple[slice, slice, slice]
-    parts: Generator[tuple[int, NDArray[np.uint8]], None, None]
+    parts: Generator[NDArray[np.uint8], None, None]
 
 
 def _labelled(scores_CXYZ: Array, prepared: Prepared) -> _Labelled | None:
@@ -303,9 +305,8 @@ def _labelled(scores_CXYZ: Array, prepared: Prepared) -> _Labelled | None:
     if isinstance(by_memory, np.ndarray) and by_memory.strides[1] < max(by_memory.strides[2:]):
         by_memory = np.ascontiguousarray(by_memory)  # slabs of it are read one after another
 
-    def decide(start: int, slabs: list[Array]) -> tuple[int, NDArray[np.uint8]]:
-        decided = slabs[0] > 0 if len(slabs) == 1 else _largest(slabs)
-        return start, to_numpy(decided).view(np.uint8)
+    def decide(_start: int, slabs: list[Array]) -> NDArray[np.uint8]:
+        return to_numpy(slabs[0] > 0 if len(slabs) == 1 else _largest(slabs)).view(np.uint8)
 
     channels, *shape = by_memory.shape
     parts = _resampled(channels, shape, lambda first, stop: list(by_memory[:, first:stop]), taps, device, decide)

@@ -144,13 +144,18 @@ def test_a_gpu_may_need_the_ct_twice(tiny_model: Model) -> None:
     assert not plan(replace(tiny_model, runtime=runtime), 1e12, STREAMS, streamed=True).streamed
 
 
+def jobs_that_look_like(extent: Extent, jobs: list[Job], monkeypatch: pytest.MonkeyPatch) -> list[Job]:
+    """The jobs, each of which is planned with this extent, and a network of known cost."""
+    monkeypatch.setattr(planning, "case_extent", lambda *_: extent)
+    monkeypatch.setattr(planning, "measure_network", lambda _: COST)
+    return jobs
+
+
 def test_of_several_the_first_is_streamed_and_one_by_one_all_are(
     tiny_model: Model, tiny_manifest: Manifest, tmp_path: Path, monkeypatch
 ) -> None:
     """While the network runs, the next CT is read; before the first there is nothing to run."""
-    monkeypatch.setattr(planning, "case_extent", lambda *_: STREAMS)
-    monkeypatch.setattr(planning, "measure_network", lambda _: COST)
-    jobs = jobs_of(tiny_manifest, tmp_path)
+    jobs = jobs_that_look_like(STREAMS, jobs_of(tiny_manifest, tmp_path), monkeypatch)
     first, whole = plan(tiny_model, 1e12, STREAMS, streamed=True), plan(tiny_model, 1e12, STREAMS)
     together = plan_run(tiny_model, jobs, PLAIN_OPTIONS, tmp_path, Silent(), max_bytes=10**12)
     assert [case.streamed for case in together.cases] == [True, False, False]
@@ -198,9 +203,7 @@ def test_a_run_tells_apart_what_cannot_be_read_and_what_does_not_fit(
 def test_neighbours_count_where_they_overlap_and_wait_where_they_do_not_fit(
     tiny_model: Model, tiny_manifest: Manifest, tmp_path: Path, monkeypatch
 ) -> None:
-    monkeypatch.setattr(planning, "case_extent", lambda *_: CT)
-    monkeypatch.setattr(planning, "measure_network", lambda _: COST)
-    jobs = jobs_of(tiny_manifest, tmp_path)
+    jobs = jobs_that_look_like(CT, jobs_of(tiny_manifest, tmp_path), monkeypatch)
     alone = plan(tiny_model, 1e12).memory_bytes
     together = plan_run(tiny_model, jobs, PLAIN_OPTIONS, tmp_path, Silent(), max_bytes=10**12)
     beside = 48_000_000

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -16,14 +15,12 @@ import ctseg
 from ctseg.codes import Algorithm, Structure, structures_of, uncoded
 from ctseg.io.dicom.seg import write_seg
 from ctseg.server.images import Image, SeriesImage
+from ctseg.server.index import STRUCTURE_NAME
 from ctseg.server.problems import Invalid
 from ctseg.server.service import Served, Service
 from ctseg.server.texts import shown
 
 MEDIA_TYPE = "application/dicom"
-
-_NAME = re.compile(r"[^\s\x00-\x1f\x7f\\](?:[^\x00-\x1f\x7f\\]{0,62}[^\s\x00-\x1f\x7f\\])?")
-"""What a DICOM long string holds, in which a backslash begins another value."""
 
 
 def seg_writer(
@@ -70,7 +67,7 @@ def _names(label_info: Any, structures: Sequence[Structure]) -> dict[int, str]:
     except (AttributeError, TypeError, ValueError, KeyError, OverflowError) as error:
         raise Invalid("label_info: expected a list of objects with a name and an idx") from error
     for value, name in names.items():
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
+        if not isinstance(name, str) or not STRUCTURE_NAME.fullmatch(name) or "\\" in name:  # begins another value
             raise Invalid(f"label_info: expected a name of at most 64 characters without '\\', got {shown(str(name))}")
         if value not in known:
             raise Invalid(f"label_info: expected an idx of {', '.join(map(str, sorted(known)))}, got {value}")

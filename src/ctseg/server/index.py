@@ -25,7 +25,7 @@ LOG = logging.getLogger("ctseg.server")
 MAX_INFO_BYTES = 2**16
 MAX_STRUCTURES = 255
 
-_STRUCTURE = re.compile(r"[^\s\x00-\x1f\x7f](?:[^\x00-\x1f\x7f]{0,62}[^\s\x00-\x1f\x7f])?")
+STRUCTURE_NAME = re.compile(r"[^\s\x00-\x1f\x7f](?:[^\x00-\x1f\x7f]{0,62}[^\s\x00-\x1f\x7f])?")
 
 
 class Index:
@@ -56,7 +56,7 @@ class Index:
             Invalid: if it cannot be a name.
             Conflict: if there are as many as may be.
         """
-        if not _STRUCTURE.fullmatch(name):
+        if not STRUCTURE_NAME.fullmatch(name):
             raise Invalid(f"label {shown(name)}: expected a name of at most 64 characters")
         known = self.structures
         if name not in known:

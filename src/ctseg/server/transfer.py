@@ -5,8 +5,7 @@ from __future__ import annotations
 import secrets
 import shutil
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import ExitStack, asynccontextmanager, nullcontext
-from pathlib import Path
+from contextlib import ExitStack, asynccontextmanager
 from typing import Any
 
 from fastapi import Request, UploadFile
@@ -15,13 +14,13 @@ from starlette.concurrency import run_in_threadpool
 
 from ctseg.clicks import Click
 from ctseg.engine.session import voxel_of
-from ctseg.server.finder import DICOM_SUFFIX, image_in_file
+from ctseg.server.finder import DICOM_SUFFIX
 from ctseg.server.images import Image
 from ctseg.server.masks import MEDIA_TYPES
 from ctseg.server.problems import Invalid
 from ctseg.server.service import MAX_CLICKS, Segmentation, Served, Service, Upload
 from ctseg.server.texts import read_json
-from ctseg.server.uploads import received
+from ctseg.server.uploads import open_image, received
 from ctseg.volume import Geometry
 
 
@@ -38,7 +37,7 @@ async def image_for(
     with ExitStack() as stack:
         if file is not None and file.filename:
             path = await run_in_threadpool(stack.enter_context, received(service, file, DICOM_SUFFIX))
-            yield await run_in_threadpool(_image_in_file, service, path)
+            yield await run_in_threadpool(open_image, service, path)
         elif session_id:
             yield service.uploads.get(session_id).content.image
         elif image:
@@ -56,17 +55,12 @@ def keep_upload(service: Service, file: UploadFile, seconds: int) -> str:
     """
     service.uploads.check_room()
     with received(service, file, DICOM_SUFFIX) as path:
-        service.check_size(_image_in_file(service, path))
+        service.check_size(open_image(service, path))
         folder = service.scratch / f"session-{secrets.token_hex(8)}"
         folder.mkdir(mode=0o700)
         kept = folder / path.name
         shutil.move(path, kept)
-    return service.uploads.add(Upload(_image_in_file(service, kept), kept), seconds if seconds > 0 else None)
-
-
-def _image_in_file(service: Service, path: Path) -> Image:
-    with service.unpacking if path.suffix == DICOM_SUFFIX else nullcontext():
-        return image_in_file(path)
+    return service.uploads.add(Upload(open_image(service, kept), kept), seconds if seconds > 0 else None)
 
 
 async def segment_for(

@@ -7,7 +7,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from ctseg.io.dicom.pixels import read_voxels
 from ctseg.io.dicom.series import Slice
 from ctseg.manifest import IMAGE_SUFFIXES, image_stem, is_image_name
 from ctseg.server.finder import DICOM_SUFFIX, image_in_file, lone_slice
-from ctseg.server.images import SeriesImage
+from ctseg.server.images import Image, SeriesImage
 from ctseg.server.problems import Invalid, WrongFile
 from ctseg.server.service import Service
 from ctseg.server.texts import read_json
@@ -70,6 +70,16 @@ def _is_dicom(path: Path) -> bool:
         return False
 
 
+def open_image(service: Service, path: Path) -> Image:
+    """The CT in a received file; of DICOM the headers are read, in turn with others.
+
+    Raises:
+        ImageError: if DICOM holds no CT that can be read.
+    """
+    with service.unpacking if path.suffix == DICOM_SUFFIX else nullcontext():
+        return image_in_file(path)
+
+
 def add_image(service: Service, file: UploadFile, image_id: str | None = None) -> str:
     """The id of an uploaded image, which is from now on one of the studies.
 
@@ -83,12 +93,12 @@ def add_image(service: Service, file: UploadFile, image_id: str | None = None) -
     stem = image_stem(Path((file.filename or "").replace("\\", "/")))
     wanted = image_stem(Path(image_id)) if image_id and is_image_name(Path(image_id)) else image_id
     with received(service, file, DICOM_SUFFIX) as path:
-        with service.unpacking:
-            lone = lone_slice(path) if path.suffix == DICOM_SUFFIX else None
-        if lone is not None:
-            return _add_slice(service, path, *lone)
-        with service.unpacking:
-            image = image_in_file(path)
+        if path.suffix == DICOM_SUFFIX:
+            with service.unpacking:
+                lone = lone_slice(path)
+            if lone is not None:
+                return _add_slice(service, path, *lone)
+        image = open_image(service, path)
         service.check_size(image)
         with service.unpacking:
             image.read()
