@@ -1,5 +1,6 @@
 """A checkpoint's network is compiled once, comes from the cache after that, and runs on the fastest backend."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -10,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ctseg.engine import compiled
-from ctseg.engine.compiled import CHOICES, Compiled, compiled_network, is_installed
+from ctseg.engine.checkpoint import file_sha256
+from ctseg.engine.compiled import CHOICES, Compiled, compiled_network, is_installed, ready_without_torch
 from ctseg.engine.model import load_model, load_network
 from ctseg.engine.runtime import Runtime
 from ctseg.errors import DeviceError, ModelError
@@ -127,6 +129,49 @@ def test_what_is_kept_is_for_one_checkpoint_precision_and_version(
     after = load_model(checkpoint, cpu).forward(image)
     assert len(networks(cache)) == 2
     assert torch.equal(before, after) == (change == "version")
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("openvino", marks=needs_openvino)])
+def test_reduced_precision_has_the_exact_network_at_hand(
+    checkpoint: Path, image: Tensor, cache: Path, no_network: Callable[[], None], backend: str
+) -> None:
+    """Compiled with the other at the first run, so that a later one needs no network."""
+    reduced = Runtime(torch.device("cpu"), "bfloat16")
+    sha256 = file_sha256(checkpoint)
+    assert load_model(checkpoint, reduced, backend).exact is None, "unless it is asked for"
+    assert ready_without_torch(sha256, reduced, backend) == (backend != "torch")
+    assert not ready_without_torch(sha256, reduced, backend, exact=True)
+    load_model(checkpoint, reduced, backend, exact=True)
+    assert len(networks(cache)) == 2
+    no_network()
+    model = load_model(checkpoint, reduced, backend, exact=True)
+    assert ready_without_torch(sha256, reduced, backend, exact=True) == (backend != "torch")
+    assert model.exact is not None
+    torch.testing.assert_close(model.exact(image), expected(checkpoint, image), atol=1e-4, rtol=1e-4)
+    assert load_model(checkpoint, replace(reduced, precision="float32"), backend, exact=True).exact is None
+
+
+def test_without_a_cache_the_exact_network_is_compiled_when_it_is_used(
+    checkpoint: Path, image: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "can_keep", lambda: False)
+    monkeypatch.setattr(compiled, "write_entry", lambda *_: None)
+    precisions: list[str] = []
+    torchs = importlib.import_module("ctseg.engine.backends.torchscript")
+    compile_it = torchs.compile_network
+
+    def compile_network(network: nn.Module, window: tuple[int, int, int], runtime: Runtime) -> bytes:
+        precisions.append(runtime.precision)
+        content: bytes = compile_it(network, window, runtime)
+        return content
+
+    monkeypatch.setattr(torchs, "compile_network", compile_network)
+    model = load_model(checkpoint, Runtime(torch.device("cpu"), "bfloat16"), "torch", exact=True)
+    assert precisions == ["bfloat16"]
+    assert model.exact is not None
+    for _ in range(2):
+        torch.testing.assert_close(model.exact(image), expected(checkpoint, image), atol=1e-4, rtol=1e-4)
+    assert precisions == ["bfloat16", "float32"]
 
 
 @pytest.mark.parametrize("damage", [b"", b"half", None])

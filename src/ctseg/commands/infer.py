@@ -122,7 +122,7 @@ def infer(
         stop_on_signal() as stop_requested,
         make_progress(quiet) as progress,
     ):
-        loaded = load_model(path, runtime, backend, progress.note)  # goes on in another thread meanwhile
+        loaded = load_model(path, runtime, backend, progress.note, exact=not fast)  # goes on in a thread
         if dry_run and next_run_is_leaner(loaded) and ASKED_AGAIN not in os.environ:
             _ask_again()
         with importing():

@@ -90,7 +90,7 @@ def serve(
     ):
         models = []
         for path in paths:
-            loaded = load_model(path, runtime, backend, progress.note)
+            loaded = load_model(path, runtime, backend, progress.note, exact=True)
             models.append((loaded.recipe.slug, loaded))
             progress.note(f"model {path} on {runtime.describe()}, {loaded.backend}")
         service = open_service(settings, models)

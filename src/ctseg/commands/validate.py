@@ -75,7 +75,7 @@ def validate(
         from ctseg.engine.runtime import running
 
         with running(device, precision, amp=True, fast=fast and fast_in_bfloat16(path)) as runtime:
-            loaded = load_model(path, runtime)
+            loaded = load_model(path, runtime, exact=not fast)
             progress.note(f"model {path} on {runtime.describe()}{', fast' if fast else ''}")
             _check_click_options(loaded.recipe, clicks, seed, overlays=overlays, fast=fast)
             listed = found or find_data(loaded.recipe.data.manifest, data, progress)

@@ -12,7 +12,7 @@ import importlib.util
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import ctseg
@@ -49,14 +49,17 @@ Note = Callable[[str], None]
 
 @dataclass(frozen=True, eq=False)
 class Compiled:
-    """A network ready to run, and the backend that runs it."""
+    """A network ready to run, the backend that runs it, and the network in float32 if it is not and was asked for."""
 
     recipe: Recipe
     forward: Forward
     backend: str
+    exact: Forward | None = None
 
 
-def compiled_network(sha256: str, source: Source, runtime: Runtime, backend: str, note: Note) -> Compiled:
+def compiled_network(
+    sha256: str, source: Source, runtime: Runtime, backend: str, note: Note, *, exact: bool = False
+) -> Compiled:
     """The network of the checkpoint `sha256` on a backend, on the CPU.
 
     Args:
@@ -65,6 +68,7 @@ def compiled_network(sha256: str, source: Source, runtime: Runtime, backend: str
         runtime: Decides the precision and the number of threads.
         backend: One of CHOICES; "auto" is the fastest, as measured once on this machine.
         note: Told when the network has to be compiled, which takes seconds.
+        exact: Whether it is to be had in float32 too where the runtime's precision is another: loaded when it is used.
 
     Raises:
         DeviceError: if the backend is not to be had here.
@@ -82,14 +86,22 @@ def compiled_network(sha256: str, source: Source, runtime: Runtime, backend: str
         return recipe, finest_level_in_phases(fold_for_inference(network))
 
     opened = functools.cache(lambda name: _open(sha256, folded, runtime, name))
-    if backend != "auto":
-        return opened(backend)
-    others = _others(runtime)
-    return opened(_fastest(sha256, others, opened, runtime) if others else "torch")
+    if backend == "auto":
+        others = _others(runtime)
+        backend = _fastest(sha256, others, opened, runtime) if others else "torch"
+    found = opened(backend)
+    if not exact or runtime.precision == "float32":
+        return found
+    in_float32 = replace(runtime, precision="float32")
+    if can_keep() and not _is_kept(sha256, in_float32, backend):
+        _open(sha256, folded, in_float32, backend)
+    return replace(found, exact=_once_used(lambda: _open(sha256, folded, in_float32, backend).forward))
 
 
-def ready_without_torch(sha256: str, runtime: Runtime, backend: str) -> bool:
+def ready_without_torch(sha256: str, runtime: Runtime, backend: str, *, exact: bool = False) -> bool:
     """Whether the checkpoint's network is in the cache for this backend, and it is not torch that would run it.
+
+    With `exact`, whether it is there in float32 as well.
 
     False, too, where the backend is not to be had here: `compiled_network` says why.
     """
@@ -98,6 +110,11 @@ def ready_without_torch(sha256: str, runtime: Runtime, backend: str) -> bool:
         backend = _remembered(_choice_key(sha256, others, runtime), others) or "torch"
     if backend == "torch" or backend not in BACKENDS or not is_installed(backend):
         return False
+    precisions = {runtime.precision, "float32"} if exact else {runtime.precision}
+    return all(_is_kept(sha256, replace(runtime, precision=precision), backend) for precision in precisions)
+
+
+def _is_kept(sha256: str, runtime: Runtime, backend: str) -> bool:
     return has_entry(cache_key(_facts(sha256, runtime, [backend])))
 
 
@@ -189,6 +206,12 @@ def _once_loaded(load: Callable[[], Forward]) -> Forward:
     loading = thread.submit(load)
     thread.shutdown(wait=False)
     return lambda image_BCXYZ: loading.result()(image_BCXYZ)
+
+
+def _once_used(load: Callable[[], Forward]) -> Forward:
+    """What `load` gives; it runs at the first call."""
+    loaded = functools.cache(load)
+    return lambda image_BCXYZ: loaded()(image_BCXYZ)
 
 
 def _fastest(sha256: str, others: list[str], opened: Callable[[str], Compiled], runtime: Runtime) -> str:

@@ -12,12 +12,9 @@ import itertools
 from collections.abc import Sequence
 
 import numpy as np
-from array_api_compat import device
-from numpy.typing import NDArray
 
-from ctseg.arrays import Array, array_namespace, to_numpy, to_work_on
-from ctseg.engine.windows import Blocks, Start
-from ctseg.preprocess import slabs_of
+from ctseg.arrays import Array, to_work_on
+from ctseg.engine.windows import Blocks, Start, close_and_found
 
 UNDECIDED_LOGIT = 1.0
 """A voxel is undecided for a structure whose logit differs by less from the best other one: P from 0.27 to 0.73."""
@@ -53,7 +50,8 @@ def windows_to_refine(total_CXYZ: Array, done: Sequence[Start], others: Sequence
     if not others:
         return []
     blocks = Blocks([*done, *others], held)
-    undecided_SXYZ, found_SXYZ = _count(to_work_on(total_CXYZ), blocks, blocks.covered_by(done))
+    bounds_XYZ = blocks.covered_by(done) * UNDECIDED_LOGIT
+    undecided_SXYZ, found_SXYZ = close_and_found(to_work_on(total_CXYZ), blocks, bounds_XYZ)
     voxels_S = found_SXYZ.sum(axis=(1, 2, 3))
     undecided_WS, found_WS = (blocks.of_windows(others, counts) for counts in (undecided_SXYZ, found_SXYZ))
     beside_W = np.all(found_WS <= HELD * voxels_S, axis=1)
@@ -62,29 +60,3 @@ def windows_to_refine(total_CXYZ: Array, done: Sequence[Start], others: Sequence
     spared = order[np.all(undecided_WS[order].cumsum(axis=0) <= LEFT_OUT * voxels_S, axis=1)]
     left_out = set(spared.tolist())
     return [start for number, start in enumerate(others) if number not in left_out]
-
-
-def _count(
-    total_CXYZ: Array, blocks: Blocks, windows_XYZ: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """How many voxels of each structure S are undecided, and found, in each block that so many windows cover."""
-    xp, structures = array_namespace(total_CXYZ), max(len(total_CXYZ) - 1, 1)
-    counts_KSXYZ = xp.zeros((2, structures, *blocks.shape), dtype=xp.int64, device=device(total_CXYZ))
-    for (x, y, z), block_CXYZ in blocks.cut(total_CXYZ):
-        bound = float(windows_XYZ[x, y, z]) * UNDECIDED_LOGIT
-        for box in slabs_of(block_CXYZ):
-            for number, lead_XYZ in enumerate(_leads(block_CXYZ[box])):
-                counts_KSXYZ[0, number, x, y, z] += xp.count_nonzero(xp.abs(lead_XYZ) < bound)
-                counts_KSXYZ[1, number, x, y, z] += xp.count_nonzero(lead_XYZ > 0)
-    undecided_SXYZ, found_SXYZ = to_numpy(counts_KSXYZ)
-    return undecided_SXYZ, found_SXYZ
-
-
-def _leads(logits_CXYZ: Array) -> Array:
-    """By how much each structure's logit leads the best other class; negative where it trails."""
-    if len(logits_CXYZ) == 1:
-        return logits_CXYZ
-    xp = array_namespace(logits_CXYZ)
-    ordered_CXYZ, structures = xp.sort(logits_CXYZ, axis=0), logits_CXYZ[1:]
-    best, second = ordered_CXYZ[-1], ordered_CXYZ[-2]
-    return structures - xp.where(structures == best, second, best)

@@ -39,10 +39,17 @@ class Model:
     backend: str = "torch"
     on_cpu: Callable[[], Model] | None = None
     """The same on the CPU, for a CT that a GPU has no memory for."""
+    exact: Forward | None = None
+    """The network in float32, for windows where the rounding of `forward` may turn the mask."""
 
 
 def load_model(
-    path: Path, runtime: Runtime, backend: str | None = None, note: Callable[[str], None] = lambda _: None
+    path: Path,
+    runtime: Runtime,
+    backend: str | None = None,
+    note: Callable[[str], None] = lambda _: None,
+    *,
+    exact: bool = False,
 ) -> Model:
     """The model in a checkpoint (`.pt`), a TorchScript file (`.ts`) or an ONNX file (`.onnx`).
 
@@ -55,6 +62,7 @@ def load_model(
         backend: torch, onnxruntime, openvino, or auto: the one that is fastest for a checkpoint on this CPU. None is
             torch for a checkpoint.
         note: Told when the network has to be compiled first, which takes seconds.
+        exact: Whether a checkpoint that runs in reduced precision on a CPU is to be at hand in float32 too.
 
     Raises:
         ModelError: if the file cannot be read, is not from ctseg, or does not fit its own recipe.
@@ -74,8 +82,8 @@ def load_model(
         raise DeviceError(f"backend '{backend}': a {path.suffix} file runs on {own} only; name its checkpoint")
     sha256 = _sha256(path)
     if path.suffix == ".pt" and runtime.device.type == "cpu":
-        found = compiled_network(sha256, lambda: load_network(path), runtime, backend or own, note)
-        return Model(found.recipe, found.forward, runtime, path, sha256, found.backend)
+        found = compiled_network(sha256, lambda: load_network(path), runtime, backend or own, note, exact=exact)
+        return Model(found.recipe, found.forward, runtime, path, sha256, found.backend, exact=found.exact)
     recipe, forward = reader(path, runtime)
     if runtime.device.type == "cpu":
         return Model(recipe, forward, runtime, path, sha256, own)
@@ -119,13 +127,14 @@ def _ready_host(path: Path, device: str, precision: str, backend: str | None, *,
     if path.suffix != ".pt" or backend in (None, "torch"):
         return None
     host = start_on_host(precision, fast=fast and fast_in_bfloat16(path, backend))
-    return host if ready_without_torch(_sha256(path), host, backend) else None
+    return host if ready_without_torch(_sha256(path), host, backend, exact=not fast) else None
 
 
 def next_run_is_leaner(model: Model) -> bool:
     """Whether this process has torch, to compile the network or to look for a GPU, and the next one will do without."""
-    on_cpu = model.path.suffix == ".pt" and model.runtime.device.type == "cpu"
-    return on_cpu and "torch" in sys.modules and ready_without_torch(model.sha256, model.runtime, model.backend)
+    if model.path.suffix != ".pt" or model.runtime.device.type != "cpu" or "torch" not in sys.modules:
+        return False
+    return ready_without_torch(model.sha256, model.runtime, model.backend, exact=model.exact is not None)
 
 
 def _sha256(path: Path) -> str:

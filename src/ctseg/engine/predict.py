@@ -29,10 +29,12 @@ from ctseg.arrays import (
     zeros,
 )
 from ctseg.engine.arrival import arriving
+from ctseg.engine.backends import Forward
 from ctseg.engine.clock import Clock
 from ctseg.engine.fast import covering, windows_to_refine
 from ctseg.engine.ladder import logits_within_memory, prepared_within_memory
 from ctseg.engine.model import Model
+from ctseg.engine.rounding import MOST_SHARE, Rounding
 from ctseg.engine.runtime import memory_errors
 from ctseg.engine.windows import Start, average, window_starts
 from ctseg.preprocess import Prepared, restore, slabs_of
@@ -150,7 +152,9 @@ def scores_taken(
 
                 def run(on: Model, image_XYZ: Array) -> Array:
                     inference, scratch = on.recipe.inference, placement.grids
-                    return window_logits(on, image_XYZ, inference, on_window, scratch, fast=fast, by=by, ready=ready)
+                    return window_logits(
+                        on, image_XYZ, inference, on_window, scratch, fast=fast, by=by, ready=ready, note=note
+                    )
 
                 logits = logits_within_memory(model, prepared.image_XYZ, run, note)
                 if arrival is not None:
@@ -192,45 +196,105 @@ def window_logits(
     fast: bool = False,
     by: tuple[int, int] = (0, 1),
     ready: Ready = all_there,
+    note: Callable[[str], None] = lambda _: None,
 ) -> Array:
     """Averaged logits on the whole grid, float32 `[C, X, Y, Z]`; two classes give one channel: their difference.
 
     Where the image is smaller than the window, windows are padded with zeros, half before and half after it. Axes have
     the image's order in memory. On the CPU the logits lie on the disk of `scratch`, if it is given. `fast` leaves out
     windows that would hardly change the mask. Windows run in the order of their place along axis `by[0]`, ascending if
-    `by[1]` is 1, and each once `ready` has returned for its range there.
+    `by[1]` is 1, and each once `ready` has returned for its range there. Where the model has an exact network beside a
+    rounded one, windows whose rounding may have turned the mask run again on it; `note` is told if they are too many.
     """
     given, image_XYZ = image_XYZ, to_work_on(image_XYZ)
-    asked = device_of(given)
-    forward = model.forward if image_XYZ is given else through_torch(model.forward)
-    xp = array_namespace(image_XYZ)
     shape, window = _size(image_XYZ.shape), inference.window_size
     axis, sign = by
     starts = list(window_starts(_size(map(max, shape, window)), window, inference.overlap))
     starts.sort(key=lambda start: sign * start[axis])
     num_classes = model.recipe.num_classes
     channels = 1 if num_classes == 2 else num_classes
-    total_CXYZ = _zeros_like(image_XYZ, channels, scratch)
-    held = _size(map(min, shape, window))  # what a window holds of the image
-    x, y, z = (slice((w - n) // 2, (w - n) // 2 + n) for n, w in zip(held, window, strict=True))
+    total = _Total(image_XYZ, _zeros_like(image_XYZ, channels, scratch), window)
+    adapted = _as_it_is if image_XYZ is given else through_torch
+    forward = adapted(model.forward)
     batch = inference.batch_windows if model.runtime.device.type == "cuda" else 1
-    groups = _groups_as_needed(starts, window, total_CXYZ, batch) if fast else _groups(starts, batch)
+    groups = _groups_as_needed(starts, total, batch) if fast else _groups(starts, batch)
     done: list[Start] = []
     for number, (group, calls) in enumerate(groups, start=1):
-        ready(min(start[axis] for start in group), max(start[axis] for start in group) + held[axis])
-        logits_BCXYZ = forward(xp.stack([cut_box(image_XYZ, start, window) for start in group])[:, None])
-        if logits_BCXYZ.shape[1] > channels:  # two classes, unless it is their difference already
-            logits_BCXYZ = logits_BCXYZ[:, 1:] - logits_BCXYZ[:, :1]
-        for start, logits_CXYZ in zip(group, logits_BCXYZ[..., x, y, z], strict=True):
-            to_x, to_y, to_z = (slice(s, s + n) for s, n in zip(start, held, strict=True))
-            total_CXYZ[..., to_x, to_y, to_z] += logits_CXYZ
-            release_array(image_XYZ[to_x, to_y, to_z])
-            release_array(total_CXYZ[..., to_x, to_y, to_z])
+        ready(min(start[axis] for start in group), max(start[axis] for start in group) + total.held[axis])
+        for start, logits_CXYZ in zip(group, total.logits(group, forward), strict=True):
+            total.add(start, logits_CXYZ)
         done += group
         if on_window is not None:
             on_window(number, calls)
-    average(total_CXYZ, done, held)
-    return as_asked(total_CXYZ, asked)
+    if model.exact is not None:
+        _settle_rounding(total, done, forward, adapted(model.exact), on_window, note)
+    average(total.values_CXYZ, done, total.held)
+    return as_asked(total.values_CXYZ, device_of(given))
+
+
+class _Total:
+    """The sum of the logits of windows, on the network's grid.
+
+    Args:
+        image_XYZ: The network's input.
+        values_CXYZ: Zeros to add to.
+        window: The size of a window.
+
+    Attributes:
+        held: What a window holds of the image.
+    """
+
+    def __init__(self, image_XYZ: Array, values_CXYZ: Array, window: Start) -> None:
+        self.values_CXYZ, self.window = values_CXYZ, window
+        self.held = _size(map(min, image_XYZ.shape, window))
+        self._image_XYZ = image_XYZ
+
+    def logits(self, group: Sequence[Start], forward: Forward) -> Array:
+        """What a network says of windows, of the voxels that they hold of the image: `[B, C, x, y, z]`."""
+        windows = [cut_box(self._image_XYZ, start, self.window) for start in group]
+        logits_BCXYZ = forward(array_namespace(self._image_XYZ).stack(windows)[:, None])
+        if logits_BCXYZ.shape[1] > len(self.values_CXYZ):  # two classes, unless it is their difference already
+            logits_BCXYZ = logits_BCXYZ[:, 1:] - logits_BCXYZ[:, :1]
+        x, y, z = (slice((w - n) // 2, (w - n) // 2 + n) for n, w in zip(self.held, self.window, strict=True))
+        return logits_BCXYZ[..., x, y, z]
+
+    def add(self, start: Start, logits_CXYZ: Array) -> None:
+        """Adds a window's logits; what lies on a disk leaves the memory."""
+        to_x, to_y, to_z = (slice(s, s + n) for s, n in zip(start, self.held, strict=True))
+        self.values_CXYZ[..., to_x, to_y, to_z] += logits_CXYZ
+        release_array(self._image_XYZ[to_x, to_y, to_z])
+        release_array(self.values_CXYZ[..., to_x, to_y, to_z])
+
+
+def _settle_rounding(
+    total: _Total,
+    done: Sequence[Start],
+    rounded: Forward,
+    exact: Forward,
+    on_window: OnWindow | None,
+    note: Callable[[str], None],
+) -> None:
+    """Puts the exact network's logits in place of the rounded one's, until rounding turns no more than it may.
+
+    Which windows those are, and whether they are too many, see `ctseg.engine.rounding`.
+    """
+    most = int(MOST_SHARE * len(done))
+    rounding = Rounding(total.values_CXYZ, done, total.held)
+    number, needed = 0, min(rounding.needed(), 1)  # what rounding does is known only after one
+    while number < needed <= most:
+        start = rounding.windows[number]
+        rounded_CXYZ, exact_CXYZ = (total.logits([start], forward)[0] for forward in (rounded, exact))
+        rounding.learn(rounded_CXYZ, exact_CXYZ)
+        total.add(start, exact_CXYZ - rounded_CXYZ)
+        number, needed = number + 1, rounding.needed()
+        if on_window is not None:
+            on_window(len(done) + number, len(done) + max(number, min(needed, most)))
+    if needed > max(number, most) and number:
+        note(rounding.describe(number))
+
+
+def _as_it_is(forward: Forward) -> Forward:
+    return forward
 
 
 def _groups(starts: Sequence[Start], batch: int, calls_before: int = 0) -> Iterator[tuple[Sequence[Start], int]]:
@@ -239,18 +303,16 @@ def _groups(starts: Sequence[Start], batch: int, calls_before: int = 0) -> Itera
     return ((starts[first : first + batch], calls) for first in range(0, len(starts), batch))
 
 
-def _groups_as_needed(
-    starts: Sequence[Start], window: Start, total_CXYZ: Array, batch: int
-) -> Iterator[tuple[Sequence[Start], int]]:
-    """Like `_groups`: the fewest windows that cover all, then those that `total_CXYZ` shows to be needed."""
-    held = _size(map(min, total_CXYZ.shape[1:], window))
-    needed, done, calls = covering(starts, window), list[Start](), 0
+def _groups_as_needed(starts: Sequence[Start], total: _Total, batch: int) -> Iterator[tuple[Sequence[Start], int]]:
+    """Like `_groups`: the fewest windows that cover all, then those that the total shows to be needed."""
+    needed, done, calls = covering(starts, total.window), list[Start](), 0
     while needed:
         yield from _groups(needed, batch, calls)
         calls += math.ceil(len(needed) / batch)
         done += needed
         ran = set(done)
-        needed = windows_to_refine(total_CXYZ, done, [start for start in starts if start not in ran], held)
+        others = [start for start in starts if start not in ran]
+        needed = windows_to_refine(total.values_CXYZ, done, others, total.held)
 
 
 def _zeros_like(image_XYZ: Array, channels: int, scratch: Path | None) -> Array:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
+from array_api_compat import device
 from numpy.typing import NDArray
 
-from ctseg.arrays import Array, memory_order, release_array, to_work_on
+from ctseg.arrays import Array, array_namespace, memory_order, release_array, to_numpy, to_work_on
+from ctseg.preprocess import slabs_of
 from ctseg.specs import Inference
 
 Start = tuple[int, int, int]
@@ -77,7 +80,39 @@ class Blocks:
             counts_XYZ[self.of(window)] += 1
         return counts_XYZ
 
-    def of_windows(self, windows: Sequence[Start], counts_SXYZ: NDArray[np.int64]) -> NDArray[np.int64]:
-        """What is counted in each window's blocks, `[W, S]`."""
+    def of_windows(self, windows: Sequence[Start], counts_SXYZ: NDArray[Any]) -> NDArray[Any]:
+        """The sum of what is counted in each window's blocks, `[W, S]`."""
         boxes = (self.of(window) for window in windows)
         return np.stack([counts_SXYZ[:, x, y, z].sum(axis=(1, 2, 3)) for x, y, z in boxes])
+
+
+def close_and_found(
+    total_CXYZ: Array, blocks: Blocks, bounds_XYZ: NDArray[Any]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """How many voxels of each structure S lead or trail by less than each block's bound, and how many are found there.
+
+    Args:
+        total_CXYZ: The sum of the logits of windows; one channel is the difference of two classes.
+        blocks: Of these windows.
+        bounds_XYZ: For every block.
+    """
+    xp, structures = array_namespace(total_CXYZ), max(len(total_CXYZ) - 1, 1)
+    counts_KSXYZ = xp.zeros((2, structures, *blocks.shape), dtype=xp.int64, device=device(total_CXYZ))
+    for (x, y, z), block_CXYZ in blocks.cut(total_CXYZ):
+        bound = float(bounds_XYZ[x, y, z])
+        for box in slabs_of(block_CXYZ):
+            for number, lead_XYZ in enumerate(leads(block_CXYZ[box])):
+                counts_KSXYZ[0, number, x, y, z] += xp.count_nonzero(xp.abs(lead_XYZ) < bound)
+                counts_KSXYZ[1, number, x, y, z] += xp.count_nonzero(lead_XYZ > 0)
+    close_SXYZ, found_SXYZ = to_numpy(counts_KSXYZ)
+    return close_SXYZ, found_SXYZ
+
+
+def leads(logits_CXYZ: Array) -> Array:
+    """By how much each structure's logit leads the best other class; negative where it trails."""
+    if len(logits_CXYZ) == 1:
+        return logits_CXYZ
+    xp = array_namespace(logits_CXYZ)
+    ordered_CXYZ, structures = xp.sort(logits_CXYZ, axis=0), logits_CXYZ[1:]
+    best, second = ordered_CXYZ[-1], ordered_CXYZ[-2]
+    return structures - xp.where(structures == best, second, best)

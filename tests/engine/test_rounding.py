@@ -1,0 +1,150 @@
+"""Reduced precision: windows whose rounding may have turned voxels run again exactly, no more of them than needed."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ctseg.engine.model import Model
+from ctseg.engine.predict import window_logits
+from ctseg.engine.rounding import LEAST_VOXELS, MOST_SHARE, TURNED, Rounding
+from ctseg.engine.runtime import Runtime
+from ctseg.recipe import Recipe
+
+WINDOW = (16, 16, 16)
+ERROR = 0.05
+"""By how much the made rounding moves a logit."""
+SHAPE = (320, 32, 32)
+
+
+class Network:
+    """Takes the image for the lead of every structure, `error` more or less."""
+
+    def __init__(self, error: float = 0.0, structures: int = 1) -> None:
+        self.error, self.structures = error, structures
+        self.windows = 0
+
+    def __call__(self, image_BCXYZ: Tensor) -> Tensor:
+        self.windows += len(image_BCXYZ)
+        signs = [(-1.0) ** number for number in range(self.structures)]
+        return torch.cat([0 * image_BCXYZ, *(sign * image_BCXYZ - 1.0 + self.error for sign in signs)], dim=1)
+
+
+def ball(centre_x: float, radius: float, slope: float = 0.5) -> Tensor:
+    """From 5 in the middle to 0 outside; `slope` per voxel, and 1 on the surface."""
+    axes = np.meshgrid(*(np.arange(n) - c for n, c in zip(SHAPE, (centre_x, 16.2, 15.7), strict=True)), indexing="ij")
+    distance = np.sqrt(sum(axis**2 for axis in axes))
+    return torch.from_numpy(np.clip((radius - distance) * slope + 1, 0, 5).astype(np.float32))
+
+
+def logits(
+    recipe: Recipe, image_XYZ: Tensor, rounded: Network, exact: Network | None = None, notes: list[str] | None = None
+) -> Tensor:
+    recipe = replace(recipe, labels={str(n): f"organ {n}" for n in range(1, rounded.structures + 1)})
+    inference = replace(recipe.inference, window_size=WINDOW, overlap=0.5)
+    model = Model(recipe, rounded, Runtime(torch.device("cpu")), Path("model.pt"), "", exact=exact)
+    told = [] if notes is None else notes
+    result: Tensor = window_logits(model, image_XYZ, inference, note=told.append)
+    return result
+
+
+@pytest.mark.parametrize("error", [ERROR, -ERROR])
+@pytest.mark.parametrize("radius", [11.0, 7.0, 4.0])
+def test_the_mask_is_all_but_that_of_the_exact_network(tiny_recipe: Recipe, radius: float, error: float) -> None:
+    image_XYZ, notes = ball(120, radius), list[str]()
+    rounded, exact, everywhere = Network(error), Network(), Network()
+    wanted = logits(tiny_recipe, image_XYZ, everywhere) > 0
+    alone = logits(tiny_recipe, image_XYZ, Network(error)) > 0
+    ours = logits(tiny_recipe, image_XYZ, rounded, exact, notes) > 0
+    may_turn = TURNED * max(int(wanted.sum()), LEAST_VOXELS)
+    assert (alone ^ wanted).sum() > 8 * may_turn, "rounding must matter"
+    assert (ours ^ wanted).sum() <= 2 * may_turn
+    assert 0 < exact.windows <= MOST_SHARE * everywhere.windows
+    assert rounded.windows == everywhere.windows + exact.windows
+    assert notes == []
+
+
+def test_windows_that_ran_again_have_exact_scores(tiny_recipe: Recipe) -> None:
+    """Near the surface at most one of a voxel's eight windows did not."""
+    image_XYZ = ball(120, 3.0)
+    ours = logits(tiny_recipe, image_XYZ, Network(ERROR), Network())
+    wanted = logits(tiny_recipe, image_XYZ, Network())
+    surface = (wanted > -0.2) & (wanted < 0.2)
+    torch.testing.assert_close(ours[surface], wanted[surface], atol=ERROR / 8 + 1e-4, rtol=0)
+    assert torch.allclose(ours[..., 200:, :, :], wanted[..., 200:, :, :] + ERROR), "the others keep theirs"
+
+
+def test_each_of_several_structures_is_settled(tiny_recipe: Recipe) -> None:
+    """A large one that rounding hardly turns, and a small one with a soft surface."""
+    image_XYZ = torch.maximum(ball(90, 12.0, slope=40.0), 0 * ball(90, 1)) - ball(250, 6.0, slope=0.3)
+    exact = Network(structures=2)
+    wanted = logits(tiny_recipe, image_XYZ, Network(structures=2)).argmax(dim=0)
+    alone = logits(tiny_recipe, image_XYZ, Network(ERROR, structures=2)).argmax(dim=0)
+    ours = logits(tiny_recipe, image_XYZ, Network(ERROR, structures=2), exact).argmax(dim=0)
+    small = int((wanted == 2).sum())
+    assert ((alone == 2) ^ (wanted == 2)).sum() > 0.02 * small
+    assert ((ours == 2) ^ (wanted == 2)).sum() <= 2 * TURNED * max(small, LEAST_VOXELS)
+    assert exact.windows > 0
+
+
+def test_nothing_runs_again_where_no_voxel_is_near_a_tie(tiny_recipe: Recipe) -> None:
+    image_XYZ = (ball(120, 9.0, slope=40.0) > 1).float() * 5
+    exact = Network()
+    ours = logits(tiny_recipe, image_XYZ, Network(ERROR), exact)
+    assert exact.windows == 0
+    assert (ours > 0).sum() == (image_XYZ > 1).sum()
+
+
+def test_where_too_many_windows_would_have_to_run_again_one_does_and_the_log_says_so(tiny_recipe: Recipe) -> None:
+    """Ties everywhere, as of a network that was hardly trained."""
+    image_XYZ = 1 + torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    notes: list[str] = []
+    rounded, exact = Network(ERROR), Network()
+    wanted = logits(tiny_recipe, image_XYZ, Network()) > 0
+    ours = logits(tiny_recipe, image_XYZ, rounded, exact, notes) > 0
+    (note,) = notes
+    told, of = map(int, re.findall(r"\d+", note)[:2])
+    assert "--precision float32" in note
+    assert told == pytest.approx(int((ours ^ wanted).sum()), rel=0.05)
+    assert of == pytest.approx(int(wanted.sum()), rel=0.05)
+    assert exact.windows == 1
+
+
+def test_a_ct_of_fewer_than_four_windows_is_left_as_it_is(tiny_recipe: Recipe) -> None:
+    """To run one of them again would take longer than float32 from the start."""
+    exact = Network()
+    logits(tiny_recipe, ball(120, 11.0)[110:134, :16, :16].contiguous(), Network(ERROR), exact)
+    assert exact.windows == 0
+
+
+def test_how_much_is_turned_is_told_before_windows_run(tiny_recipe: Recipe) -> None:
+    """A ramp has as many voxels per logit everywhere: what rounding turns is known without approximation."""
+    ramp = torch.linspace(-1, 1, 2001).view(-1, 1, 1).expand(2001, 16, 16).contiguous()[None]
+    windows = [(min(x, 2001 - 16), 0, 0) for x in range(0, 1992, 8)]
+    held = (16, 16, 16)
+    total = torch.zeros_like(ramp)
+    for x, _, _ in windows:
+        total[:, x : x + 16] += ramp[:, x : x + 16]
+    rounding = Rounding(total, windows, held)
+    rounding.learn(ramp[:, 950:1050] + 0.01, ramp[:, 950:1050])
+    turned, found = map(int, re.findall(r"\d+", rounding.describe(0))[:2])
+    assert turned == pytest.approx(10 * 16 * 16, rel=0.02)  # 0.01 of a logit at 0.001 a plane
+    assert found == pytest.approx(1000 * 16 * 16, rel=0.002)
+    near = [x for x, _, _ in rounding.windows[: rounding.needed()]]
+    assert all(abs(x + 8 - 1000) < 200 + 16 for x in near)
+    assert len(near) == pytest.approx(400 / 8 * (1 - 256 / 2560), abs=3)  # all but a tenth of what is near
+
+
+def test_progress_counts_windows_that_run_again(tiny_recipe: Recipe) -> None:
+    calls: list[tuple[int, int]] = []
+    exact = Network()
+    model = Model(tiny_recipe, Network(ERROR), Runtime(torch.device("cpu")), Path("model.pt"), "", exact=exact)
+    inference = replace(tiny_recipe.inference, window_size=WINDOW, overlap=0.5)
+    window_logits(model, ball(120, 7.0), inference, lambda done, of: calls.append((done, of)))
+    assert [done for done, _ in calls] == list(range(1, len(calls) + 1))
+    assert calls[-1][0] == calls[-1][1]
+    assert len(calls) == calls[0][1] + exact.windows
