@@ -144,6 +144,26 @@ assert not [name for name, module in sys.modules.items() if name.startswith("ope
     assert list(tmp_path.iterdir()) == []
 
 
+@needs_openvino
+def test_openvinos_converter_is_imported_by_whoever_calls_it(tmp_path: Path) -> None:
+    program = """
+import sys
+from ctseg.engine.backends.openvino import _import_openvino
+_import_openvino()
+assert "openvino.tools.ovc" not in sys.modules
+import openvino
+try:
+    openvino.convert_model("gone.onnx")
+except Exception as error:
+    print(error)
+assert "openvino.tools.ovc" in sys.modules
+"""
+    environment = {"HOME": str(tmp_path)}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, check=True, env=environment, timeout=60, capture_output=True, text=True)
+    assert "gone.onnx" in done.stdout
+
+
 ALL_SIGNALS_AT_ONCE = """
 import ctypes, gc, os, signal, sys, threading
 import torch

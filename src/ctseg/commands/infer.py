@@ -111,7 +111,6 @@ def infer(
         with folder_if_used(output):
             _infer_in_parts(gpus or 1, shard, path, as_json)
         return
-    import_nibabel_alone()
     with importing():
         from ctseg.engine.model import load_model, next_run_is_leaner, runtime_for
         from ctseg.engine.process import stop_on_signal
@@ -125,6 +124,7 @@ def infer(
         loaded = load_model(path, runtime, backend, progress.note, exact=not fast)  # goes on in a thread
         if dry_run and next_run_is_leaner(loaded) and ASKED_AGAIN not in os.environ:
             _ask_again()
+        import_nibabel_alone()
         with importing():
             from ctseg.engine.infer import infer as run
             from ctseg.engine.plan import plan_run

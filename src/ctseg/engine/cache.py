@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from ctseg.errors import OutputError
 from ctseg.files import atomic_path
@@ -30,12 +30,15 @@ LEFTOVER_SECONDS = 3600
 """A temporary file of this age was left by a process that was killed."""
 
 
+Bytes: TypeAlias = "bytes | memoryview[int]"
+
+
 @dataclass(frozen=True)
 class Entry:
     """What was kept: plain data about it, and its bytes."""
 
     about: dict[str, Any]
-    content: bytes
+    content: Bytes
 
 
 def cache_key(facts: Mapping[str, Any]) -> str:
@@ -51,11 +54,13 @@ def read_entry(key: str) -> Entry | None:
     path = folder / f"{key}{SUFFIX}"
     try:
         data = _read_own_file(path)
-        digest, _, rest = data.partition(b"\n")
-        about, _, content = rest.partition(b"\n")
-        if hashlib.sha256(rest).hexdigest().encode() != digest:
+        end_of_digest = data.index(b"\n")
+        end_of_about = data.index(b"\n", end_of_digest + 1)
+        parts = memoryview(data)  # of tens of megabytes, which are not copied
+        if hashlib.sha256(parts[end_of_digest + 1 :]).hexdigest().encode() != parts[:end_of_digest]:
             return None
-        entry = Entry(json.loads(about), content)
+        about = json.loads(data[end_of_digest + 1 : end_of_about])
+        entry = Entry(about, parts[end_of_about + 1 :])
     except (OSError, ValueError):
         return None
     with contextlib.suppress(OSError):

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ctseg.arrays import Array, array_namespace, as_asked, device_of, to_numpy
+from ctseg.engine.cache import Bytes
 from ctseg.engine.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Backend(Protocol):
     def compile_network(self, network: nn.Module, window: Window, runtime: Runtime) -> bytes:
         """The network for windows of this size in the runtime's precision; changes the network's memory format."""
 
-    def load(self, content: bytes, window: Window, runtime: Runtime) -> Forward:
+    def load(self, content: Bytes, window: Window, runtime: Runtime) -> Forward:
         """What `compile_network` made, ready to run."""
 
 

@@ -7,6 +7,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from ctseg.engine.backends import Forward, Window, example_of, on_host, one_by_one
+from ctseg.engine.cache import Bytes
 from ctseg.engine.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -26,9 +27,9 @@ def compile_network(network: nn.Module, window: Window, runtime: Runtime) -> byt
     return content
 
 
-def load(content: bytes, window: Window, runtime: Runtime) -> Forward:
+def load(content: Bytes, window: Window, runtime: Runtime) -> Forward:
     """What `compile_network` made, ready to run."""
-    return one_by_one(forward_of_session(open_session(content, runtime)), window)
+    return one_by_one(forward_of_session(open_session(bytes(content), runtime)), window)
 
 
 def to_onnx(network: nn.Module, example: Tensor) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ctseg.engine.backends import Forward, Window, example_of, on_host, one_by_one
+from ctseg.engine.cache import Bytes
 from ctseg.engine.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 LIBRARY = "openvino"
 PRECISIONS: tuple[str, ...] = ("float32", "bfloat16")
+CONVERTER = "openvino.tools.ovc"
 HINTS = {"float32": "f32", "bfloat16": "bf16"}
 
 
@@ -42,9 +45,11 @@ def compile_network(network: nn.Module, window: Window, runtime: Runtime) -> byt
     return content
 
 
-def load(content: bytes, window: Window, runtime: Runtime) -> Forward:
+def load(content: Bytes, window: Window, runtime: Runtime) -> Forward:
     """What `compile_network` made, ready to run."""
-    compiled = _core().import_model(content, "CPU", _settings(runtime))
+    core = _core()
+    shared = _import_openvino().Tensor(np.frombuffer(content, np.uint8))  # bytes would be copied
+    compiled = core.import_model(shared, "CPU", _settings(runtime))
     request = compiled.create_infer_request()
 
     def run(image_BCXYZ: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -84,8 +89,22 @@ def _core() -> Any:
 
 
 def _import_openvino() -> Any:
-    """The package without its telemetry, which would report every import to its makers; it can do without."""
+    """The package without its telemetry, which would report every import to its makers; it can do without.
+
+    And without its converter of models' files, which takes as long to import as all the rest and is not needed here.
+    """
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # None: importing it fails
+    if "openvino" not in sys.modules:
+        sys.modules[CONVERTER] = None  # type: ignore[assignment]
+        try:
+            import openvino
+        finally:
+            del sys.modules[CONVERTER]
+        openvino.convert_model = _convert_model  # for whoever else in this process uses it
     import openvino
 
     return openvino
+
+
+def _convert_model(*arguments: Any, **options: Any) -> Any:
+    return importlib.import_module(CONVERTER).convert_model(*arguments, **options)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ctseg.engine.backends import Forward, Window, example_of, one_by_one
+from ctseg.engine.cache import Bytes
 from ctseg.engine.runtime import Runtime
 from ctseg.networks import channels_last
 
@@ -31,7 +32,7 @@ def compile_network(network: nn.Module, window: Window, runtime: Runtime) -> byt
     return buffer.getvalue()
 
 
-def load(content: bytes, window: Window, runtime: Runtime) -> Forward:
+def load(content: Bytes, window: Window, runtime: Runtime) -> Forward:
     """What `compile_network` made, ready to run. TorchScript is code: `content` must be this user's own."""
     network = _quietly(torch.jit.load, io.BytesIO(content), map_location=runtime.device)
 
