@@ -22,6 +22,7 @@ import pytest
 import SimpleITK
 from nibabel.nifti1 import Nifti1Header
 
+from ctseg.ahead import UnpackedAhead
 from ctseg.commands.common import parse_bytes
 from ctseg.io.images import read_geometry, read_labels
 from dicom_maker import Plan, write_series
@@ -211,6 +212,43 @@ def test_what_runs_without_torch_does_not_import_it(
     for mask in (tmp_path / "exact").glob("*_seg.*"):
         ours, wanted = read_labels(tmp_path / "second" / mask.name).array, read_labels(mask).array
         assert np.count_nonzero(ours != wanted) <= 1e-3 * np.count_nonzero(wanted)
+
+
+@pytest.mark.parametrize(
+    ("done", "options", "begun"),
+    [
+        ([], [], ["one.nii.gz"]),
+        (["one.nii.gz"], [], ["two.nii.gz"]),
+        (["one.nii.gz"], ["--overwrite"], ["one.nii.gz"]),
+        ([], ["--shard", "2/2"], ["two.nii.gz"]),
+        ([], ["--dry-run"], []),
+        (["one.nii.gz", "two.nii.gz"], [], []),
+    ],
+)
+def test_the_first_ct_to_do_is_unpacked_ahead(
+    cli: Callable[..., Any],
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    done: list[str],
+    options: list[str],
+    begun: list[str],
+):
+    for seed, name in enumerate(("one.nii.gz", "two.nii.gz")):
+        (tmp_path / name).write_bytes(gzip.compress(header(ct(seed))))
+    taken: list[str] = []
+
+    class Told(UnpackedAhead):
+        def readinto(self, target: memoryview | bytearray) -> int:
+            taken.append(self._file.name)
+            return super().readinto(target)
+
+    call = ("--output", "masks", "--model", tiny_model, "--device", "cpu", "--backend", "torch")
+    if done:
+        cli("infer", *done, *call)
+    monkeypatch.setattr("ctseg.ahead.UnpackedAhead", Told)
+    assert cli("infer", "one.nii.gz", "two.nii.gz", *call, *options).code == 0
+    assert sorted({Path(name).name for name in taken}) == begun
 
 
 def test_fast_says_so_and_keeps_its_masks_apart(cli: Callable[..., Any], cts: Path, tiny_model: Path, tmp_path: Path):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ctseg import slurm
+from ctseg.ahead import unpacking_ahead
 from ctseg.commands.common import (
     BackendOption,
     DeviceOption,
@@ -35,7 +36,7 @@ from ctseg.commands.common import (
 )
 from ctseg.errors import CasesFailed, CtsegError
 from ctseg.files import folder_if_used, make_folder
-from ctseg.jobs import Options, Shard, choose_shard, find_jobs
+from ctseg.jobs import Job, Options, Shard, choose_shard, find_jobs
 from ctseg.lean import import_nibabel_alone, importing
 from ctseg.progress import make_progress
 from ctseg.report.tables import render_table
@@ -111,45 +112,48 @@ def infer(
         with folder_if_used(output):
             _infer_in_parts(gpus or 1, shard, path, as_json)
         return
-    with importing():
-        from ctseg.engine.model import load_model, next_run_is_leaner, runtime_for
-        from ctseg.engine.process import stop_on_signal
-
-    with (
-        _output_folder(output, part, dry_run),
-        runtime_for(path, device, precision, backend, fast=fast) as runtime,
-        stop_on_signal() as stop_requested,
-        make_progress(quiet) as progress,
-    ):
-        loaded = load_model(path, runtime, backend, progress.note, exact=not fast)  # goes on in a thread
-        if dry_run and next_run_is_leaner(loaded) and ASKED_AGAIN not in os.environ:
-            _ask_again()
-        import_nibabel_alone()
+    todo = [job for job in part.take(jobs) if overwrite or not job.is_done]
+    with unpacking_ahead(None if dry_run else _first_packed(todo)):
         with importing():
-            from ctseg.engine.infer import infer as run
-            from ctseg.engine.plan import plan_run
+            from ctseg.engine.model import load_model, next_run_is_leaner, runtime_for
+            from ctseg.engine.process import stop_on_signal
 
-        check_no_clicks(loaded.recipe, path)
-        progress.note(f"model {path} on {runtime.describe()}, {loaded.backend}{', fast' if fast else ''}{_part(part)}")
-        todo = [job for job in part.take(jobs) if overwrite or not job.is_done]
-        plans = plan_run(
-            loaded, todo, options, output, progress, max_bytes=max_bytes, measure=dry_run, overlays=overlays
-        )
-        progress.note(plans.summary())
-        if not dry_run:
-            outcomes = run(
-                loaded,
-                jobs,
-                output,
-                progress,
-                options=options,
-                overwrite=overwrite,
-                overlays=overlays,
-                shard=part,
-                plans={job.mask: plan for job, plan in zip(todo, plans.cases, strict=True)},
-                overlap=plans.overlap,
-                stop_requested=stop_requested,
+        with (
+            _output_folder(output, part, dry_run),
+            runtime_for(path, device, precision, backend, fast=fast) as runtime,
+            stop_on_signal() as stop_requested,
+            make_progress(quiet) as progress,
+        ):
+            loaded = load_model(path, runtime, backend, progress.note, exact=not fast)  # in a thread
+            if dry_run and next_run_is_leaner(loaded) and ASKED_AGAIN not in os.environ:
+                _ask_again()
+            import_nibabel_alone()
+            with importing():
+                from ctseg.engine.infer import infer as run
+                from ctseg.engine.plan import plan_run
+
+            check_no_clicks(loaded.recipe, path)
+            progress.note(
+                f"model {path} on {runtime.describe()}, {loaded.backend}{', fast' if fast else ''}{_part(part)}"
             )
+            plans = plan_run(
+                loaded, todo, options, output, progress, max_bytes=max_bytes, measure=dry_run, overlays=overlays
+            )
+            progress.note(plans.summary())
+            if not dry_run:
+                outcomes = run(
+                    loaded,
+                    jobs,
+                    output,
+                    progress,
+                    options=options,
+                    overwrite=overwrite,
+                    overlays=overlays,
+                    shard=part,
+                    plans={job.mask: plan for job, plan in zip(todo, plans.cases, strict=True)},
+                    overlap=plans.overlap,
+                    stop_requested=stop_requested,
+                )
     if dry_run:
         emit(dataclasses.asdict(plans), f"model {path}\n\n{_plan_table(plans)}\n\n{plans.summary()}", as_json)
         check_none_failed([plan.error for plan in plans.cases if plan.error], len(plans.cases), "CTs cannot be done")
@@ -157,6 +161,12 @@ def infer(
     emit([dataclasses.asdict(o) for o in outcomes], _text(outcomes, path), as_json)
     errors = [o.error for o in outcomes if o.status == "failed"]
     check_none_failed(errors, len(outcomes), f"files failed, listed in {output / part.failures}")
+
+
+def _first_packed(todo: list[Job]) -> Path | None:
+    """The first CT, if it is a file that can be unpacked ahead."""
+    is_packed = bool(todo) and todo[0].series is None and todo[0].image.name.lower().endswith(".nii.gz")
+    return todo[0].image if is_packed else None
 
 
 def _output_folder(output: Path, part: Shard, dry_run: bool) -> AbstractContextManager[Path]:

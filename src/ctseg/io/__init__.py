@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import numpy as np
 from isal import igzip, isal_zlib
 from numpy.typing import NDArray
 
+from ctseg.ahead import take_unpacked
 from ctseg.errors import ImageError
 from ctseg.scratch import in_slabs, new_array, release
 from ctseg.volume import Geometry, LabelStream, Volume
@@ -128,12 +130,16 @@ class VoxelStream:
         self._num_bytes = math.prod(header.geometry.size) * header.dtype.itemsize
         self._filled = 0
         with ExitStack() as files:
-            file = files.enter_context(path.open("rb"))
-            with stream_errors():
+            ahead = take_unpacked(path)
+            if ahead is not None:
+                files.callback(ahead.close)
+                self._unpacked: Any = ahead
+            else:
+                file = files.enter_context(path.open("rb"))
                 file.seek(header.file_offset)
                 self._unpacked = _unpacked(file, header.encoding)
-                if header.skip:
-                    self._unpacked.seek(self._unpacked.tell() + header.skip)
+            with stream_errors():
+                _skip(self._unpacked, header.skip)
             self._close = files.pop_all().close
 
     def close(self) -> None:
@@ -197,6 +203,19 @@ def in_file_order(volume: Volume | LabelStream) -> Iterator[memoryview]:
         plane = array[:, :, z]
         yield np.ascontiguousarray(plane.T, dtype=little).reshape(-1).view(np.uint8).data
         release(plane)
+
+
+def _skip(stream: Any, num_bytes: int) -> None:
+    """Passes over the next bytes; fewer, if the stream ends."""
+    if isinstance(stream, BufferedReader):
+        stream.seek(num_bytes, os.SEEK_CUR)
+        return
+    chunk = memoryview(bytearray(min(num_bytes, _CHUNK_BYTES)))
+    while num_bytes:
+        count = stream.readinto(chunk[:num_bytes])
+        if not count:
+            return
+        num_bytes -= count
 
 
 def _unpacked(file: BufferedReader, encoding: str) -> Any:

@@ -1,0 +1,133 @@
+"""A file whose beginning was unpacked ahead reads as it does without, and nothing of it is left behind."""
+
+import gzip
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ctseg import ahead
+from ctseg.ahead import UnpackedAhead, take_unpacked, unpacking_ahead
+from ctseg.errors import ImageError
+from ctseg.io.images import read_image, write_image
+from ctseg.io.stream import CTStream
+from ctseg.volume import Geometry, Volume
+
+SIZE = (60, 50, 40)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    """Neither a thread nor a file."""
+    yield
+    assert [thread.name for thread in threading.enumerate() if thread.name == "ctseg-unpack"] == []
+    assert ahead._begun == {}
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A CT of 240 000 bytes."""
+    array = np.random.default_rng(0).integers(-1000, 1000, SIZE).astype(np.int16)
+    path = tmp_path / "ct.nii.gz"
+    write_image(path, Volume(array, Geometry(SIZE, np.diag([1.0, 1.0, 2.0, 1.0]))))
+    return path
+
+
+def read_all(stream: UnpackedAhead, size: int) -> bytes:
+    """Everything, asked for in pieces of `size`."""
+    target, parts = bytearray(size), []
+    while count := stream.readinto(memoryview(target)):
+        parts.append(bytes(target[:count]))
+    assert stream.readinto(memoryview(target)) == 0
+    return b"".join(parts)
+
+
+@pytest.mark.parametrize("most", [0, 1, 100_000, 10**9])
+@pytest.mark.parametrize("size", [777, 10**6])
+def test_the_bytes_are_the_files(file: Path, most: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However far the thread came."""
+    monkeypatch.setattr(ahead, "MAX_BYTES", most)
+    monkeypatch.setattr(ahead, "_CHUNK_BYTES", 30_000)
+    stream = UnpackedAhead(file)
+    assert read_all(stream, size) == gzip.decompress(file.read_bytes())
+    stream.close()
+
+
+def test_no_more_is_kept_than_may_be(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "MAX_BYTES", 100_000)
+    monkeypatch.setattr(ahead, "_CHUNK_BYTES", 30_000)
+    stream = UnpackedAhead(file)
+    stream._thread.join()
+    assert sum(map(len, stream._chunks)) == 120_000
+    stream.close()
+    assert stream._chunks == []
+
+
+@pytest.mark.parametrize("most", [0, 100_000, 10**9])
+def test_a_ct_is_the_same(file: Path, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "MAX_BYTES", most)
+    wanted = read_image(file)
+    with unpacking_ahead(file):
+        read = read_image(file)
+        assert take_unpacked(file) is None, "it was taken"
+    with unpacking_ahead(file):
+        stream = CTStream(file)
+        planes = stream.planes(3, 40)
+        stream.finish()
+    np.testing.assert_array_equal(read.array, wanted.array)
+    np.testing.assert_array_equal(planes, wanted.array.T[3:])
+
+
+@pytest.mark.parametrize("most", [0, 100_000, 10**9])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "text", "too short", "too long", "wrong checksum"])
+def test_what_is_wrong_is_told_in_the_same_words(
+    file: Path, damage: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ahead, "MAX_BYTES", most)
+    monkeypatch.setattr(ahead, "_CHUNK_BYTES", 30_000)
+    data = file.read_bytes()
+    changed = {
+        "cut": data[: len(data) // 2],
+        "flipped": data[:90_000] + bytes([data[90_000] ^ 255]) + data[90_001:],
+        "text": b"not packed at all",
+        "too short": gzip.compress(gzip.decompress(data)[:-5000], 1),
+        "too long": gzip.compress(gzip.decompress(data) + b"more", 1),
+        "wrong checksum": data[:-8] + bytes(4) + data[-4:],
+    }
+    file.write_bytes(changed[damage])
+    with pytest.raises(ImageError) as alone:
+        read_image(file)
+    with pytest.raises(ImageError) as ours, unpacking_ahead(file):
+        read_image(file)
+    assert str(ours.value) == str(alone.value)
+
+
+def test_what_nobody_takes_goes(file: Path) -> None:
+    with unpacking_ahead(file):
+        assert list(ahead._begun) == [file]
+    with pytest.raises(KeyError), unpacking_ahead(file):
+        raise KeyError
+
+
+@pytest.mark.parametrize("kind", ["missing", "folder", "unreadable", "pipe"])
+def test_what_cannot_be_opened_is_left_to_whoever_opens_it_again(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "ct.nii.gz"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "unreadable":
+        path.write_bytes(b"x")
+        path.chmod(0)
+        if os.access(path, os.R_OK):
+            pytest.skip("this user may read everything")
+    with unpacking_ahead(path):
+        assert take_unpacked(path) is None
+
+
+def test_nothing_begins_without_a_file() -> None:
+    with unpacking_ahead(None):
+        assert ahead._begun == {}
