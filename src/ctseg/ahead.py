@@ -1,16 +1,17 @@
-"""The beginning of a packed file, unpacked in a thread while Python imports what is to look at it."""
+"""The beginning of a gzip file, unpacked in a thread while the process still imports what will read it."""
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from isal import igzip
 
 MAX_BYTES = 32 * 2**20
-"""So many are kept: a chest of 60 slices. The rest is unpacked as it is asked for."""
+"""So many are kept, and at most a chunk more: a chest of 60 slices. The rest is unpacked as it is asked for."""
 _CHUNK_BYTES = 2**20
 
 _begun: dict[Path, UnpackedAhead] = {}
@@ -24,16 +25,36 @@ class UnpackedAhead:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = igzip.open(path, "rb")
+        self._file = path.open("rb")
+        self._unpacked = igzip.IGzipFile(fileobj=self._file, mode="rb")
         self._chunks: list[memoryview] = []
         self._error: Exception | None = None
         self._has_enough = False
         self._thread = threading.Thread(target=self._run, name="ctseg-unpack")
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:  # there are too many already
+            self._file.close()
+            raise
+
+    def is_of(self, path: Path) -> bool:
+        """Whether this is the file that lies there now, and unchanged."""
+        opened, now = os.fstat(self._file.fileno()), path.stat()
+        return all(getattr(opened, n) == getattr(now, n) for n in ("st_dev", "st_ino", "st_size", "st_mtime_ns"))
+
+    @property
+    def num_bytes(self) -> int:
+        """How many are kept."""
+        return sum(map(len, self._chunks))
+
+    def stop(self) -> None:
+        """Unpacks no more ahead."""
+        self._has_enough = True
+        self._thread.join()
 
     def readinto(self, target: memoryview | bytearray) -> int:
         """How many of the next bytes were put into `target`, 0 at the end; raises what igzip raised on the way."""
-        self._stop()
+        self.stop()
         if self._chunks:
             part = self._chunks[0][: len(target)]
             target[: len(part)] = part
@@ -43,12 +64,12 @@ class UnpackedAhead:
             return len(part)
         if self._error is not None:
             raise self._error
-        count: int = self._file.readinto(target)
+        count: int = self._unpacked.readinto(target)
         return count
 
     def close(self) -> None:
         """Closes the file; what was unpacked goes."""
-        self._stop()
+        self.stop()
         self._chunks.clear()
         self._file.close()
 
@@ -56,17 +77,13 @@ class UnpackedAhead:
         num_bytes = 0
         try:
             while num_bytes < MAX_BYTES and not self._has_enough:
-                chunk = self._file.read(_CHUNK_BYTES)
+                chunk = self._unpacked.read(_CHUNK_BYTES)
                 if not chunk:
                     return
                 self._chunks.append(memoryview(chunk))
                 num_bytes += len(chunk)
         except Exception as error:  # igzip's own among them: whoever reads that far is told
             self._error = error
-
-    def _stop(self) -> None:
-        self._has_enough = True
-        self._thread.join()
 
 
 @contextmanager
@@ -75,17 +92,34 @@ def unpacking_ahead(path: Path | None) -> Iterator[None]:
     if path is None:
         yield
         return
-    with suppress(OSError):  # whoever opens it again tells why
+    try:
         if path.is_file():
             _begun[path] = UnpackedAhead(path)
+    except (OSError, RuntimeError):  # whoever opens it again tells why, or can do without a thread
+        pass
     try:
         yield
     finally:
-        left = take_unpacked(path)
-        if left is not None:
-            left.close()
+        forget_unpacked()
 
 
 def take_unpacked(path: Path) -> UnpackedAhead | None:
-    """What was begun of a file, if it was; the caller closes it."""
-    return _begun.pop(path, None)
+    """What was begun of a file, if it was and the file is still the same; the caller closes it."""
+    found = _begun.pop(path, None)
+    if found is not None and not found.is_of(path):
+        found.close()
+        return None
+    return found
+
+
+def bytes_ahead() -> int:
+    """How much memory is taken by what was begun; from now on it is no more than that."""
+    for begun in _begun.values():
+        begun.stop()
+    return sum(begun.num_bytes for begun in _begun.values())
+
+
+def forget_unpacked() -> None:
+    """Closes what was begun and not taken."""
+    while _begun:
+        _begun.popitem()[1].close()

@@ -31,7 +31,7 @@ def importing() -> Iterator[None]:
 def import_nibabel_alone() -> None:
     """Imports nibabel without pydicom, which takes as long again and only reads formats that ctseg reads otherwise.
 
-    Whoever needs pydicom later imports it as ever. Call it before there are threads: one of them could miss pydicom.
+    Whoever needs pydicom later imports it as ever. Call it while no other thread may want pydicom.
     """
     if "nibabel" in sys.modules or "pydicom" in sys.modules:
         return
@@ -39,4 +39,4 @@ def import_nibabel_alone() -> None:
     try:
         importlib.import_module("nibabel")
     finally:
-        del sys.modules["pydicom"]
+        sys.modules.pop("pydicom", None)

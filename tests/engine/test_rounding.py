@@ -80,7 +80,7 @@ def test_windows_that_ran_again_have_exact_scores(tiny_recipe: Recipe) -> None:
 
 def test_each_of_several_structures_is_settled(tiny_recipe: Recipe) -> None:
     """A large one that rounding hardly turns, and a small one with a soft surface."""
-    image_XYZ = torch.maximum(ball(90, 12.0, slope=40.0), 0 * ball(90, 1)) - ball(250, 6.0, slope=0.3)
+    image_XYZ = ball(90, 12.0, slope=40.0) - ball(250, 6.0, slope=0.3)
     exact = Network(structures=2)
     wanted = logits(tiny_recipe, image_XYZ, Network(structures=2)).argmax(dim=0)
     alone = logits(tiny_recipe, image_XYZ, Network(ERROR, structures=2)).argmax(dim=0)
@@ -89,6 +89,28 @@ def test_each_of_several_structures_is_settled(tiny_recipe: Recipe) -> None:
     assert ((alone == 2) ^ (wanted == 2)).sum() > 0.02 * small
     assert ((ours == 2) ^ (wanted == 2)).sum() <= 2 * TURNED * max(small, LEAST_VOXELS)
     assert exact.windows > 0
+
+
+class TwoErrors(Network):
+    """Rounding moves the second structure ten times as far as the first."""
+
+    def __call__(self, image_BCXYZ: Tensor) -> Tensor:
+        logits_BCXYZ = super().__call__(image_BCXYZ)
+        logits_BCXYZ[:, 1] += ERROR / 10
+        logits_BCXYZ[:, 2] += ERROR
+        return logits_BCXYZ
+
+
+def test_each_structure_has_its_own_error(tiny_recipe: Recipe) -> None:
+    """The first has ten times as many voxels near a tie, and would show an error far too small for the second."""
+    image_XYZ = ball(90, 9.0, slope=0.2) - ball(250, 9.0, slope=2.0)
+    wanted = logits(tiny_recipe, image_XYZ, Network(structures=2)).argmax(dim=0)
+    alone = logits(tiny_recipe, image_XYZ, TwoErrors(structures=2)).argmax(dim=0)
+    ours = logits(tiny_recipe, image_XYZ, TwoErrors(structures=2), Network(structures=2)).argmax(dim=0)
+    for value in (1, 2):
+        may_turn = TURNED * max(int((wanted == value).sum()), LEAST_VOXELS)
+        assert ((alone == value) ^ (wanted == value)).sum() > 4 * may_turn
+        assert ((ours == value) ^ (wanted == value)).sum() <= 2 * may_turn
 
 
 def test_nothing_runs_again_where_no_voxel_is_near_a_tie(tiny_recipe: Recipe) -> None:
@@ -114,29 +136,66 @@ def test_where_too_many_windows_would_have_to_run_again_one_does_and_the_log_say
     assert exact.windows == 1
 
 
-def test_a_ct_of_fewer_than_four_windows_is_left_as_it_is(tiny_recipe: Recipe) -> None:
-    """To run one of them again would take longer than float32 from the start."""
+@pytest.mark.parametrize(("length", "runs"), [(32, 0), (40, 1)])
+def test_a_ct_of_fewer_than_four_windows_is_left_as_it_is(tiny_recipe: Recipe, length: int, runs: int) -> None:
+    """To run one of three again would take longer than float32 from the start."""
     exact = Network()
-    logits(tiny_recipe, ball(120, 11.0)[110:134, :16, :16].contiguous(), Network(ERROR), exact)
-    assert exact.windows == 0
+    logits(tiny_recipe, ball(120, 11.0)[106 : 106 + length, :16, :16].contiguous(), Network(ERROR), exact)
+    assert exact.windows == runs
 
 
-def test_how_much_is_turned_is_told_before_windows_run(tiny_recipe: Recipe) -> None:
-    """A ramp has as many voxels per logit everywhere: what rounding turns is known without approximation."""
-    ramp = torch.linspace(-1, 1, 2001).view(-1, 1, 1).expand(2001, 16, 16).contiguous()[None]
-    windows = [(min(x, 2001 - 16), 0, 0) for x in range(0, 1992, 8)]
-    held = (16, 16, 16)
-    total = torch.zeros_like(ramp)
-    for x, _, _ in windows:
-        total[:, x : x + 16] += ramp[:, x : x + 16]
-    rounding = Rounding(total, windows, held)
-    rounding.learn(ramp[:, 950:1050] + 0.01, ramp[:, 950:1050])
-    turned, found = map(int, re.findall(r"\d+", rounding.describe(0))[:2])
-    assert turned == pytest.approx(10 * 16 * 16, rel=0.02)  # 0.01 of a logit at 0.001 a plane
+RAMP = torch.linspace(-1, 1, 2001).view(1, -1, 1, 1).expand(1, 2001, 16, 16).contiguous()
+"""As many voxels per logit everywhere: what rounding turns is known without approximation."""
+ALONG_RAMP = [(min(x, 2001 - 16), 0, 0) for x in range(0, 1992, 8)]
+
+
+def summed(logits_CXYZ: Tensor) -> Tensor:
+    total_CXYZ = torch.zeros_like(logits_CXYZ)
+    for x, _, _ in ALONG_RAMP:
+        total_CXYZ[:, x : x + 16] += logits_CXYZ[:, x : x + 16]
+    return total_CXYZ
+
+
+def test_how_much_is_turned_is_told_before_windows_run() -> None:
+    rounding = Rounding(summed(RAMP), ALONG_RAMP, WINDOW)
+    assert rounding.needed() == 1, "which shows what rounding does"
+    window = rounding.windows[0]
+    exact = RAMP[:, window[0] : window[0] + 16]
+    rounding.learn(window, exact + 0.01, exact)
+    note = rounding.describe(0, ("spleen",))
+    turned, found = map(int, re.findall(r"\d+", note)[:2])
+    assert "of spleen" in note
+    assert turned == pytest.approx(10 * 16 * 16, rel=0.02)  # 0.01 of a logit, at 0.001 a plane
     assert found == pytest.approx(1000 * 16 * 16, rel=0.002)
     near = [x for x, _, _ in rounding.windows[: rounding.needed()]]
     assert all(abs(x + 8 - 1000) < 200 + 16 for x in near)
     assert len(near) == pytest.approx(400 / 8 * (1 - 256 / 2560), abs=3)  # all but a tenth of what is near
+
+
+def test_the_error_is_that_of_voxels_which_the_average_has_near_a_tie() -> None:
+    """Windows that disagree by far have a tie between them, where rounding moves each by as far as it is large."""
+    signs = {window: 6.0 if number % 2 else -6.0 for number, window in enumerate(ALONG_RAMP)}
+    total_CXYZ = torch.zeros_like(RAMP)
+    for (x, _, _), sign in signs.items():
+        total_CXYZ[:, x : x + 16] += RAMP[:, x : x + 16] + sign
+    rounding = Rounding(total_CXYZ, ALONG_RAMP, WINDOW)
+    window = rounding.windows[0]
+    exact = RAMP[:, window[0] : window[0] + 16] + signs[window]
+    rounding.learn(window, exact * 1.002, exact)
+    turned = int(re.findall(r"\d+", rounding.describe(0, ("spleen",)))[0])
+    assert turned == pytest.approx(0.012 / 0.001 * 256, rel=0.1)
+
+
+def test_a_structure_is_not_taken_for_another() -> None:
+    """Two ramps, one after the other; what is learned of the first says nothing of the second."""
+    first, second = RAMP.clone(), RAMP.clone()
+    first[:, 1500:], second[:, :500] = -1.0, -1.0
+    second[:, 500:] = RAMP[:, :1501].flip(1)
+    logits_CXYZ = torch.cat([torch.zeros_like(RAMP), first, second])
+    rounding = Rounding(summed(logits_CXYZ), ALONG_RAMP, WINDOW)
+    assert rounding.needed() == 2
+    places = sorted(x + 8 for x, _, _ in rounding.windows[:2])
+    assert places[0] == pytest.approx(1000, abs=216)
 
 
 def test_progress_counts_windows_that_run_again(tiny_recipe: Recipe) -> None:
@@ -148,3 +207,28 @@ def test_progress_counts_windows_that_run_again(tiny_recipe: Recipe) -> None:
     assert [done for done, _ in calls] == list(range(1, len(calls) + 1))
     assert calls[-1][0] == calls[-1][1]
     assert len(calls) == calls[0][1] + exact.windows
+
+
+def test_progress_ends_where_too_many_windows_would_have_to_run_again(tiny_recipe: Recipe) -> None:
+    calls: list[tuple[int, int]] = []
+    model = Model(tiny_recipe, Network(ERROR), Runtime(torch.device("cpu")), Path("model.pt"), "", exact=Network())
+    inference = replace(tiny_recipe.inference, window_size=WINDOW, overlap=0.5)
+    noise = 1 + torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    window_logits(model, noise, inference, lambda done, of: calls.append((done, of)))
+    assert calls[-1] == (len(calls), len(calls))
+    assert len(calls) == calls[0][1] + 1
+
+
+def test_fast_settles_nothing(tiny_recipe: Recipe) -> None:
+    exact = Network()
+    model = Model(tiny_recipe, Network(ERROR), Runtime(torch.device("cpu")), Path("model.pt"), "", exact=exact)
+    inference = replace(tiny_recipe.inference, window_size=WINDOW, overlap=0.5)
+    window_logits(model, ball(120, 7.0), inference, fast=True)
+    assert exact.windows == 0
+
+
+def test_scores_on_a_disk_are_settled_alike(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    model = Model(tiny_recipe, Network(ERROR), Runtime(torch.device("cpu")), Path("model.pt"), "", exact=Network())
+    inference = replace(tiny_recipe.inference, window_size=WINDOW, overlap=0.5)
+    in_memory = window_logits(model, ball(120, 7.0), inference)
+    assert torch.equal(in_memory, window_logits(model, ball(120, 7.0), inference, scratch=tmp_path))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ctseg import slurm
-from ctseg.ahead import unpacking_ahead
+from ctseg.ahead import forget_unpacked, unpacking_ahead
 from ctseg.commands.common import (
     BackendOption,
     DeviceOption,
@@ -112,48 +112,22 @@ def infer(
         with folder_if_used(output):
             _infer_in_parts(gpus or 1, shard, path, as_json)
         return
-    todo = [job for job in part.take(jobs) if overwrite or not job.is_done]
-    with unpacking_ahead(None if dry_run else _first_packed(todo)):
-        with importing():
-            from ctseg.engine.model import load_model, next_run_is_leaner, runtime_for
-            from ctseg.engine.process import stop_on_signal
-
-        with (
-            _output_folder(output, part, dry_run),
-            runtime_for(path, device, precision, backend, fast=fast) as runtime,
-            stop_on_signal() as stop_requested,
-            make_progress(quiet) as progress,
-        ):
-            loaded = load_model(path, runtime, backend, progress.note, exact=not fast)  # in a thread
-            if dry_run and next_run_is_leaner(loaded) and ASKED_AGAIN not in os.environ:
-                _ask_again()
-            import_nibabel_alone()
-            with importing():
-                from ctseg.engine.infer import infer as run
-                from ctseg.engine.plan import plan_run
-
-            check_no_clicks(loaded.recipe, path)
-            progress.note(
-                f"model {path} on {runtime.describe()}, {loaded.backend}{', fast' if fast else ''}{_part(part)}"
-            )
-            plans = plan_run(
-                loaded, todo, options, output, progress, max_bytes=max_bytes, measure=dry_run, overlays=overlays
-            )
-            progress.note(plans.summary())
-            if not dry_run:
-                outcomes = run(
-                    loaded,
-                    jobs,
-                    output,
-                    progress,
-                    options=options,
-                    overwrite=overwrite,
-                    overlays=overlays,
-                    shard=part,
-                    plans={job.mask: plan for job, plan in zip(todo, plans.cases, strict=True)},
-                    overlap=plans.overlap,
-                    stop_requested=stop_requested,
-                )
+    with unpacking_ahead(None if dry_run else _first_packed(part.take(jobs), overwrite)):
+        plans, outcomes = _segment(
+            jobs,
+            path,
+            output,
+            options,
+            part,
+            device=device,
+            precision=precision,
+            backend=backend,
+            max_bytes=max_bytes,
+            overwrite=overwrite,
+            overlays=overlays,
+            dry_run=dry_run,
+            quiet=quiet,
+        )
     if dry_run:
         emit(dataclasses.asdict(plans), f"model {path}\n\n{_plan_table(plans)}\n\n{plans.summary()}", as_json)
         check_none_failed([plan.error for plan in plans.cases if plan.error], len(plans.cases), "CTs cannot be done")
@@ -163,10 +137,75 @@ def infer(
     check_none_failed(errors, len(outcomes), f"files failed, listed in {output / part.failures}")
 
 
-def _first_packed(todo: list[Job]) -> Path | None:
-    """The first CT, if it is a file that can be unpacked ahead."""
-    is_packed = bool(todo) and todo[0].series is None and todo[0].image.name.lower().endswith(".nii.gz")
-    return todo[0].image if is_packed else None
+def _segment(
+    jobs: list[Job],
+    path: Path,
+    output: Path,
+    options: Options,
+    part: Shard,
+    *,
+    device: str,
+    precision: str,
+    backend: str,
+    max_bytes: int | None,
+    overwrite: bool,
+    overlays: bool,
+    dry_run: bool,
+    quiet: bool,
+) -> tuple[RunPlan, list[Outcome]]:
+    """How the CTs of a part are to be done, and unless that is all that is asked for, what became of them."""
+    with importing():
+        from ctseg.engine.model import load_model, next_run_is_leaner, runtime_for
+        from ctseg.engine.process import stop_on_signal
+
+    with (
+        _output_folder(output, part, dry_run),
+        runtime_for(path, device, precision, backend, fast=options.fast) as runtime,
+        stop_on_signal() as stop_requested,
+        make_progress(quiet) as progress,
+    ):
+        loaded = load_model(path, runtime, backend, progress.note, exact=not options.fast)
+        if dry_run and next_run_is_leaner(loaded) and ASKED_AGAIN not in os.environ:
+            _ask_again()
+        # A network from the cache is still being loaded by a thread, which wants no pydicom.
+        import_nibabel_alone()
+        with importing():
+            from ctseg.engine.infer import infer as run
+            from ctseg.engine.plan import plan_run
+
+        check_no_clicks(loaded.recipe, path)
+        fast = ", fast" if options.fast else ""
+        progress.note(f"model {path} on {runtime.describe()}, {loaded.backend}{fast}{_part(part)}")
+        todo = [job for job in part.take(jobs) if overwrite or not job.is_done]
+        plans = plan_run(
+            loaded, todo, options, output, progress, max_bytes=max_bytes, measure=dry_run, overlays=overlays
+        )
+        progress.note(plans.summary())
+        if dry_run:
+            return plans, []
+        if plans.cases and plans.cases[0].error:
+            forget_unpacked()
+        outcomes = run(
+            loaded,
+            jobs,
+            output,
+            progress,
+            options=options,
+            overwrite=overwrite,
+            overlays=overlays,
+            shard=part,
+            plans={job.mask: plan for job, plan in zip(todo, plans.cases, strict=True)},
+            overlap=plans.overlap,
+            stop_requested=stop_requested,
+        )
+    return plans, outcomes
+
+
+def _first_packed(jobs: list[Job], overwrite: bool) -> Path | None:
+    """The first CT to do, if it is a file that can be unpacked ahead."""
+    first = next((job for job in jobs if overwrite or not job.is_done), None)
+    is_packed = first is not None and first.series is None and first.image.name.lower().endswith(".nii.gz")
+    return first.image if first is not None and is_packed else None
 
 
 def _output_folder(output: Path, part: Shard, dry_run: bool) -> AbstractContextManager[Path]:

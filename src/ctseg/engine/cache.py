@@ -31,6 +31,7 @@ LEFTOVER_SECONDS = 3600
 
 
 Bytes: TypeAlias = "bytes | memoryview[int]"
+"""Of an entry that was read it is a part of the file's bytes."""
 
 
 @dataclass(frozen=True)

@@ -49,12 +49,13 @@ Note = Callable[[str], None]
 
 @dataclass(frozen=True, eq=False)
 class Compiled:
-    """A network ready to run, the backend that runs it, and the network in float32 if it is not and was asked for."""
+    """A network ready to run, and the backend that runs it."""
 
     recipe: Recipe
     forward: Forward
     backend: str
     exact: Forward | None = None
+    """The same in float32, where `forward` is not and it was asked for."""
 
 
 def compiled_network(
@@ -68,7 +69,8 @@ def compiled_network(
         runtime: Decides the precision and the number of threads.
         backend: One of CHOICES; "auto" is the fastest, as measured once on this machine.
         note: Told when the network has to be compiled, which takes seconds.
-        exact: Whether it is to be had in float32 too where the runtime's precision is another: loaded when it is used.
+        exact: Whether a network without clicks is to be had in float32 too, where the runtime's precision is another.
+            From the cache it is loaded only when it is used.
 
     Raises:
         DeviceError: if the backend is not to be had here.
@@ -90,11 +92,11 @@ def compiled_network(
         others = _others(runtime)
         backend = _fastest(sha256, others, opened, runtime) if others else "torch"
     found = opened(backend)
-    if not exact or runtime.precision == "float32":
+    if not exact or runtime.precision == "float32" or found.recipe.clicks is not None:
         return found
     in_float32 = replace(runtime, precision="float32")
-    if can_keep() and not _is_kept(sha256, in_float32, backend):
-        _open(sha256, folded, in_float32, backend)
+    if not _is_kept(sha256, in_float32, backend):
+        return replace(found, exact=_open(sha256, folded, in_float32, backend).forward)
     return replace(found, exact=_once_used(lambda: _open(sha256, folded, in_float32, backend).forward))
 
 

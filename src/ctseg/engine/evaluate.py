@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,7 @@ def evaluate(
     lesions: list[CaseLesions] = []
     progress.start(f"validating {model.recipe.name}", len(cases))
     for case in cases:
-        own_scores, own_lesions = score_case(model, case, overlays, fast=fast)
+        own_scores, own_lesions = score_case(model, case, overlays, fast=fast, note=progress.note)
         scores.extend(own_scores)
         lesions.extend(own_lesions)
         progress.advance(_detail(scores[-1]))
@@ -153,17 +154,22 @@ def evaluate(
 
 
 def score_case(
-    model: Model, case: Case, overlays: Path | None = None, *, fast: bool = False
+    model: Model,
+    case: Case,
+    overlays: Path | None = None,
+    *,
+    fast: bool = False,
+    note: Callable[[str], None] = lambda _: None,
 ) -> tuple[list[CaseScore], list[CaseLesions]]:
     """The scores of one case, or one failed entry for each structure; `CASE.png` in `overlays` if given.
 
-    And its lesions: none if the case failed or the recipe does not ask for them.
+    And its lesions: none if the case failed or the recipe does not ask for them. `note` is told what a user should know.
     """
     started = time.perf_counter()
     structures = {int(value): name for value, name in model.recipe.labels.items()}
     try:
         image, labels = read_case(case, model.recipe.preprocess.binarize_labels)
-        mask = predict(model, image, fast=fast)
+        mask = predict(model, image, fast=fast, note=lambda told: note(f"{case.name}: {told}"))
     except CtsegError as error:
         seconds = time.perf_counter() - started
         return [CaseScore(case.name, name, None, None, None, seconds, str(error)) for name in structures.values()], []

@@ -82,7 +82,8 @@ def load_model(
         raise DeviceError(f"backend '{backend}': a {path.suffix} file runs on {own} only; name its checkpoint")
     sha256 = _sha256(path)
     if path.suffix == ".pt" and runtime.device.type == "cpu":
-        found = compiled_network(sha256, lambda: load_network(path), runtime, backend or own, note, exact=exact)
+        source = functools.partial(_load_unchanged, path, sha256)
+        found = compiled_network(sha256, source, runtime, backend or own, note, exact=exact)
         return Model(found.recipe, found.forward, runtime, path, sha256, found.backend, exact=found.exact)
     recipe, forward = reader(path, runtime)
     if runtime.device.type == "cpu":
@@ -199,6 +200,13 @@ def load_network(path: Path) -> tuple[Recipe, nn.Module]:
     except (KeyError, RuntimeError, TypeError, AttributeError) as error:
         raise ModelError(f"checkpoint '{path}': its weights do not fit its recipe's network") from error
     return recipe, network
+
+
+def _load_unchanged(path: Path, sha256: str) -> tuple[Recipe, nn.Module]:
+    """`load_network`, unless it is another file by now: it may be asked for long after the start."""
+    if _sha256(path) != sha256:
+        raise ModelError(f"checkpoint '{path}': has changed since this run began; start it again")
+    return load_network(path)
 
 
 def _from_checkpoint(path: Path, runtime: Runtime) -> tuple[Recipe, Forward]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import ctseg
+from ctseg.ahead import bytes_ahead
 from ctseg.arrays import as_asked, zeros
 from ctseg.engine.cache import Entry, cache_key, read_entry, write_entry
 from ctseg.engine.cases import case_extent, needs_voxels
@@ -22,6 +23,7 @@ from ctseg.engine.compiled import VERSION, library_version
 from ctseg.engine.model import Model
 from ctseg.engine.predict import IN_MEMORY, Placement, window_logits
 from ctseg.engine.process import cpu_kind, give_back_memory, resident_bytes
+from ctseg.engine.rounding import MOST_SHARE
 from ctseg.engine.runtime import memory_errors
 from ctseg.engine.windows import num_windows
 from ctseg.errors import ImageError
@@ -55,14 +57,16 @@ class NetworkCost:
     """What a network takes here.
 
     Attributes:
-        seconds: For a window; of reduced precision with its part in those that run again.
+        seconds: For a window.
         window_bytes: How much the process grows by its first windows.
         base_bytes: What the process has in memory then, without any CT.
+        again_seconds: For a window that runs again in float32, see `ctseg.engine.rounding`; 0 where none may.
     """
 
     seconds: float
     window_bytes: int
     base_bytes: int
+    again_seconds: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +78,8 @@ class Plan:
         way: PLAIN, VOLUMES, ALL, TOO_LARGE or UNREADABLE.
         error: Why it cannot be done, if so.
         size: Of the CT, in voxels.
-        windows: Calls of the network; with `--fast` at most, as only the run itself shows which it leaves out.
+        windows: Calls of the network; with `--fast` at most, as only the run itself shows which it leaves out, and
+            without those that rounding has run again.
         seconds: In all.
         memory_bytes: The most that the process has in memory.
         beside_bytes: Of memory while another CT goes through the network: it is read before, or its mask written after.
@@ -123,14 +128,21 @@ def measure_network(model: Model) -> NetworkCost:
         NotEnoughMemory: if not even one window fits the device.
     """
     give_back_memory()
-    before = resident_bytes()
+    before = _bytes_of_process()
+    again_seconds = 0.0
     with memory_errors("one window", model.runtime.device):
         seconds = _seconds_of_window(model)
         if model.exact is not None:
-            seconds += AGAIN_SHARE * (seconds + _seconds_of_window(replace(model, forward=model.exact)))
-    after = resident_bytes()
-    write_entry(_key(model), Entry({"seconds": seconds, "window_bytes": after - before}, b""))
-    return NetworkCost(seconds, after - before, after)
+            again_seconds = seconds + _seconds_of_window(replace(model, forward=model.exact))
+    after = _bytes_of_process()
+    about = {"seconds": seconds, "again_seconds": again_seconds, "window_bytes": after - before}
+    write_entry(_key(model), Entry(about, b""))
+    return NetworkCost(seconds, after - before, after, again_seconds)
+
+
+def _bytes_of_process() -> int:
+    """What it has in memory, but for what was unpacked ahead: that goes before anything else comes."""
+    return resident_bytes() - bytes_ahead()
 
 
 def _seconds_of_window(model: Model) -> float:
@@ -153,11 +165,13 @@ def network_cost(model: Model) -> NetworkCost:
     """
     kept = read_entry(_key(model))
     try:
-        seconds, window_bytes = float(kept.about["seconds"]), int(kept.about["window_bytes"])  # type: ignore[union-attr]
+        about = kept.about  # type: ignore[union-attr]
+        seconds, again_seconds = float(about["seconds"]), float(about["again_seconds"])
+        window_bytes = int(about["window_bytes"])
     except (AttributeError, KeyError, TypeError, ValueError):
         return measure_network(model)
     give_back_memory()
-    return NetworkCost(seconds, window_bytes, resident_bytes() + window_bytes)
+    return NetworkCost(seconds, window_bytes, _bytes_of_process() + window_bytes, again_seconds)
 
 
 def _key(model: Model) -> str:
@@ -307,7 +321,8 @@ def plan_case(
     windows = num_windows(grid, model.recipe.inference)
     streamed = streamed and extent.streams and not keep and model.runtime.device.type == "cpu"
     per_voxel = STREAMED_SECONDS_PER_VOXEL if streamed else SECONDS_PER_VOXEL
-    seconds = windows * cost.seconds + SECONDS_PER_CASE + voxels * per_voxel
+    again = windows * AGAIN_SHARE if windows * MOST_SHARE >= 1 else 0
+    seconds = windows * cost.seconds + again * cost.again_seconds + SECONDS_PER_CASE + voxels * per_voxel
     always_bytes = cost.base_bytes + int(cost.window_bytes * SPARE_SHARE) + SPARE_BYTES
     for way, placement in _ways(scratch, streamed=streamed):
         stage_bytes, volume_bytes, disk_bytes = _bytes(model, extent, grid, placement, keep=keep, streamed=streamed)

@@ -42,7 +42,10 @@ from ctseg.specs import Inference
 from ctseg.volume import Geometry, PlaneStream, Volume, orientation_to_ras
 
 OnWindow = Callable[[int, int], None]
-"""Called after each network call with (calls done, calls in all); fast, the latter rises when more turn out needed."""
+"""Called after each network call with (calls done, calls in all); the latter rises where more turn out to be needed.
+
+A window that runs again in float32 counts as one call.
+"""
 
 
 Ready = Callable[[int, int], None]
@@ -77,6 +80,7 @@ def predict(
     clock: Clock | None = None,
     placement: Placement = IN_MEMORY,
     fast: bool = False,
+    note: Callable[[str], None] = lambda _: None,
 ) -> NDArray[np.uint8]:
     """The label map of a CT on its own grid: uint8 `[i, j, k]`, Fortran order.
 
@@ -87,13 +91,14 @@ def predict(
         clock: Told how long the stages "prepare", "network" and "restore" take.
         placement: Where arrays lie; it changes nothing else.
         fast: Leaves out windows that would hardly change the mask, see `ctseg.engine.fast`.
+        note: Told what a user should know of how it was done.
 
     Raises:
         ImageError: if its header claims a grid that no CT has.
         NotEnoughMemory: if it does not fit the device.
         OutputError: if the disk has no room for what is to lie there.
     """
-    return predict_taken(model, lambda: volume, on_window, clock=clock, placement=placement, fast=fast)
+    return predict_taken(model, lambda: volume, on_window, clock=clock, placement=placement, fast=fast, note=note)
 
 
 def predict_taken(
@@ -134,7 +139,8 @@ def scores_taken(
     """The scores of the CT that `take` gives: unless somebody else holds it, its memory is free once prepared.
 
     It may be read only now, on the CPU: windows go through the network as soon as their planes are there.
-    `note` is told where a GPU has too little memory and what is done instead, see `ctseg.engine.ladder`.
+    `note` is told where a GPU has too little memory and what is done instead, see `ctseg.engine.ladder`, and where
+    rounding could not be settled, see `ctseg.engine.rounding`.
     """
     volume, device = take(), model.runtime.device
     with _memory_errors(volume.geometry, model):
@@ -207,45 +213,46 @@ def window_logits(
     rounded one, windows whose rounding may have turned the mask run again on it; `note` is told if they are too many.
     """
     given, image_XYZ = image_XYZ, to_work_on(image_XYZ)
+    if image_XYZ is not given:
+        exact = None if model.exact is None else through_torch(model.exact)
+        model = replace(model, forward=through_torch(model.forward), exact=exact)
     shape, window = _size(image_XYZ.shape), inference.window_size
     axis, sign = by
     starts = list(window_starts(_size(map(max, shape, window)), window, inference.overlap))
     starts.sort(key=lambda start: sign * start[axis])
     num_classes = model.recipe.num_classes
     channels = 1 if num_classes == 2 else num_classes
-    total = _Total(image_XYZ, _zeros_like(image_XYZ, channels, scratch), window)
-    adapted = _as_it_is if image_XYZ is given else through_torch
-    forward = adapted(model.forward)
+    grid = _Grid(image_XYZ, _zeros_like(image_XYZ, channels, scratch), window)
     batch = inference.batch_windows if model.runtime.device.type == "cuda" else 1
-    groups = _groups_as_needed(starts, total, batch) if fast else _groups(starts, batch)
+    groups = _groups_as_needed(starts, grid, batch) if fast else _groups(starts, batch)
     done: list[Start] = []
     for number, (group, calls) in enumerate(groups, start=1):
-        ready(min(start[axis] for start in group), max(start[axis] for start in group) + total.held[axis])
-        for start, logits_CXYZ in zip(group, total.logits(group, forward), strict=True):
-            total.add(start, logits_CXYZ)
+        ready(min(start[axis] for start in group), max(start[axis] for start in group) + grid.held[axis])
+        for start, logits_CXYZ in zip(group, grid.logits(group, model.forward), strict=True):
+            grid.add(start, logits_CXYZ)
         done += group
         if on_window is not None:
             on_window(number, calls)
-    if model.exact is not None:
-        _settle_rounding(total, done, forward, adapted(model.exact), on_window, note)
-    average(total.values_CXYZ, done, total.held)
-    return as_asked(total.values_CXYZ, device_of(given))
+    if not fast:
+        _settle_rounding(grid, done, model, on_window, note)
+    average(grid.total_CXYZ, done, grid.held)
+    return as_asked(grid.total_CXYZ, device_of(given))
 
 
-class _Total:
-    """The sum of the logits of windows, on the network's grid.
+class _Grid:
+    """The network's input and the sum of the logits of its windows.
 
     Args:
-        image_XYZ: The network's input.
-        values_CXYZ: Zeros to add to.
+        image_XYZ: The input.
+        total_CXYZ: Zeros to add to.
         window: The size of a window.
 
     Attributes:
         held: What a window holds of the image.
     """
 
-    def __init__(self, image_XYZ: Array, values_CXYZ: Array, window: Start) -> None:
-        self.values_CXYZ, self.window = values_CXYZ, window
+    def __init__(self, image_XYZ: Array, total_CXYZ: Array, window: Start) -> None:
+        self.total_CXYZ, self.window = total_CXYZ, window
         self.held = _size(map(min, image_XYZ.shape, window))
         self._image_XYZ = image_XYZ
 
@@ -253,48 +260,43 @@ class _Total:
         """What a network says of windows, of the voxels that they hold of the image: `[B, C, x, y, z]`."""
         windows = [cut_box(self._image_XYZ, start, self.window) for start in group]
         logits_BCXYZ = forward(array_namespace(self._image_XYZ).stack(windows)[:, None])
-        if logits_BCXYZ.shape[1] > len(self.values_CXYZ):  # two classes, unless it is their difference already
+        if logits_BCXYZ.shape[1] > len(self.total_CXYZ):  # two classes, unless it is their difference already
             logits_BCXYZ = logits_BCXYZ[:, 1:] - logits_BCXYZ[:, :1]
         x, y, z = (slice((w - n) // 2, (w - n) // 2 + n) for n, w in zip(self.held, self.window, strict=True))
         return logits_BCXYZ[..., x, y, z]
 
-    def add(self, start: Start, logits_CXYZ: Array) -> None:
-        """Adds a window's logits; what lies on a disk leaves the memory."""
+    def add(self, start: Start, logits_CXYZ: Array, instead_of_CXYZ: Array | None = None) -> None:
+        """Adds a window's logits, perhaps in place of others of it; what lies on a disk leaves the memory."""
         to_x, to_y, to_z = (slice(s, s + n) for s, n in zip(start, self.held, strict=True))
-        self.values_CXYZ[..., to_x, to_y, to_z] += logits_CXYZ
+        self.total_CXYZ[..., to_x, to_y, to_z] += logits_CXYZ
+        if instead_of_CXYZ is not None:
+            self.total_CXYZ[..., to_x, to_y, to_z] -= instead_of_CXYZ
         release_array(self._image_XYZ[to_x, to_y, to_z])
-        release_array(self.values_CXYZ[..., to_x, to_y, to_z])
+        release_array(self.total_CXYZ[..., to_x, to_y, to_z])
 
 
 def _settle_rounding(
-    total: _Total,
-    done: Sequence[Start],
-    rounded: Forward,
-    exact: Forward,
-    on_window: OnWindow | None,
-    note: Callable[[str], None],
+    grid: _Grid, done: Sequence[Start], model: Model, on_window: OnWindow | None, note: Callable[[str], None]
 ) -> None:
     """Puts the exact network's logits in place of the rounded one's, until rounding turns no more than it may.
 
-    Which windows those are, and whether they are too many, see `ctseg.engine.rounding`.
+    Which windows those are, and how many are too many, see `ctseg.engine.rounding`.
     """
-    most = int(MOST_SHARE * len(done))
-    rounding = Rounding(total.values_CXYZ, done, total.held)
-    number, needed = 0, min(rounding.needed(), 1)  # what rounding does is known only after one
-    while number < needed <= most:
+    if model.exact is None or len(done) * MOST_SHARE < 1:
+        return
+    rounding = Rounding(grid.total_CXYZ, done, grid.held)
+    number, needed = 0, rounding.needed()
+    while number < needed <= rounding.most:
         start = rounding.windows[number]
-        rounded_CXYZ, exact_CXYZ = (total.logits([start], forward)[0] for forward in (rounded, exact))
-        rounding.learn(rounded_CXYZ, exact_CXYZ)
-        total.add(start, exact_CXYZ - rounded_CXYZ)
+        rounded_CXYZ, exact_CXYZ = (grid.logits([start], forward)[0] for forward in (model.forward, model.exact))
+        rounding.learn(start, rounded_CXYZ, exact_CXYZ)
+        grid.add(start, exact_CXYZ, instead_of_CXYZ=rounded_CXYZ)
         number, needed = number + 1, rounding.needed()
         if on_window is not None:
-            on_window(len(done) + number, len(done) + max(number, min(needed, most)))
-    if needed > max(number, most) and number:
-        note(rounding.describe(number))
-
-
-def _as_it_is(forward: Forward) -> Forward:
-    return forward
+            to_run = number if needed > rounding.most else max(number, needed)
+            on_window(len(done) + number, len(done) + to_run)
+    if needed > rounding.most:
+        note(rounding.describe(number, tuple(model.recipe.labels.values())))
 
 
 def _groups(starts: Sequence[Start], batch: int, calls_before: int = 0) -> Iterator[tuple[Sequence[Start], int]]:
@@ -303,16 +305,16 @@ def _groups(starts: Sequence[Start], batch: int, calls_before: int = 0) -> Itera
     return ((starts[first : first + batch], calls) for first in range(0, len(starts), batch))
 
 
-def _groups_as_needed(starts: Sequence[Start], total: _Total, batch: int) -> Iterator[tuple[Sequence[Start], int]]:
-    """Like `_groups`: the fewest windows that cover all, then those that the total shows to be needed."""
-    needed, done, calls = covering(starts, total.window), list[Start](), 0
+def _groups_as_needed(starts: Sequence[Start], grid: _Grid, batch: int) -> Iterator[tuple[Sequence[Start], int]]:
+    """Like `_groups`: the fewest windows that cover all, then those that its total shows to be needed."""
+    needed, done, calls = covering(starts, grid.window), list[Start](), 0
     while needed:
         yield from _groups(needed, batch, calls)
         calls += math.ceil(len(needed) / batch)
         done += needed
         ran = set(done)
         others = [start for start in starts if start not in ran]
-        needed = windows_to_refine(total.values_CXYZ, done, others, total.held)
+        needed = windows_to_refine(grid.total_CXYZ, done, others, grid.held)
 
 
 def _zeros_like(image_XYZ: Array, channels: int, scratch: Path | None) -> Array:

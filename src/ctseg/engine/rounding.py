@@ -1,23 +1,25 @@
-"""Where reduced precision may have turned voxels of a mask: those windows are run again in float32.
+"""Where reduced precision may have moved a mask: those windows are run again in float32.
 
 Rounding turns a voxel only where two classes are close. How many it turns is about how many voxels lie within one logit
 of a tie, were they as dense there as they are near it, times how far rounding moves a logit; a window's share in that
-is one of as many as cover the voxel. So the windows can be ordered by what running them exactly would save, and what
-is left is known before any of them has run.
+is one of as many as cover the voxel. So the windows can be ordered by what running them exactly saves, and once one of
+them has shown how far rounding moves the logits, it is known how many have to.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
+from array_api_compat import device
+from numpy.typing import NDArray
 
-from ctseg.arrays import Array, array_namespace, to_work_on
+from ctseg.arrays import Array, array_namespace, to_numpy, to_work_on
 from ctseg.engine.windows import Blocks, Start, close_and_found, leads
+from ctseg.preprocess import slabs_of
 
 NEAR_LOGIT = 0.2
-"""Voxels whose logit leads or trails by less are counted: P from 0.45 to 0.55."""
+"""Voxels whose averaged logit leads or trails by less are counted: P from 0.45 to 0.55."""
 TURNED = 0.001
 """Rounding may turn so many voxels of a structure, as a share of what was found of it: a Dice of 0.9995."""
 LEAST_VOXELS = 1000
@@ -35,45 +37,71 @@ class Rounding:
         held: What a window holds of the grid.
 
     Attributes:
-        windows: The same, those first whose rounding turns most.
+        windows: The same in the order in which they are to run again: first those that show what rounding does to each
+            structure, then those whose rounding turns most.
+        most: How many of them may.
     """
 
     def __init__(self, total_CXYZ: Array, windows: Sequence[Start], held: Start) -> None:
-        blocks = Blocks(windows, held)
-        covered_XYZ = blocks.covered_by(windows)
-        near_SXYZ, found_SXYZ = close_and_found(to_work_on(total_CXYZ), blocks, covered_XYZ * NEAR_LOGIT)
+        self._total_CXYZ, self._blocks = to_work_on(total_CXYZ), Blocks(windows, held)
+        self._bounds_XYZ = self._blocks.covered_by(windows) * NEAR_LOGIT
+        near_SXYZ, found_SXYZ = close_and_found(self._total_CXYZ, self._blocks, self._bounds_XYZ)
         self._voxels_S = found_SXYZ.sum(axis=(1, 2, 3))
         self._may_turn_S = TURNED * np.maximum(self._voxels_S, LEAST_VOXELS)
-        turned_WS = blocks.of_windows(windows, near_SXYZ / (2 * NEAR_LOGIT * covered_XYZ))  # if it moved all by 1
-        order = (turned_WS / self._may_turn_S).max(axis=1).argsort(kind="stable")[::-1]
-        self.windows = [windows[number] for number in order]
+        turned_WS = self._blocks.of_windows(windows, near_SXYZ / (2 * self._bounds_XYZ))  # by an error of 1
+        share_WS = turned_WS / self._may_turn_S
+        showing = {int(share_WS[:, s].argmax()): None for s in np.flatnonzero(share_WS.sum(axis=0) > 1)}
+        order = list(dict.fromkeys([*showing, *share_WS.max(axis=1).argsort(kind="stable")[::-1].tolist()]))
+        self.windows, self.most = [windows[number] for number in order], int(MOST_SHARE * len(windows))
+        self._num_showing = min(len(showing), self.most)
         self._left_NS = np.cumsum(turned_WS[order[::-1]], axis=0)[::-1]
         """Of the windows from the Nth on."""
-        self._squares, self._voxels = 0.0, 0
+        self._squares_S = np.zeros(len(self._voxels_S))
+        self._learned_S = np.zeros(len(self._voxels_S), dtype=np.int64)
 
-    def learn(self, rounded_CXYZ: Array, exact_CXYZ: Array) -> None:
-        """Is told what rounding does to a window's logits."""
-        rounded_SXYZ, exact_SXYZ = leads(rounded_CXYZ), leads(exact_CXYZ)
-        xp = array_namespace(rounded_SXYZ)
-        moved = (exact_SXYZ - rounded_SXYZ)[xp.abs(rounded_SXYZ) < 2 * NEAR_LOGIT]
-        self._squares += float(xp.sum(moved * moved))
-        self._voxels += moved.shape[0]
+    def learn(self, window: Start, rounded_CXYZ: Array, exact_CXYZ: Array) -> None:
+        """Is told what rounding does to the logits of a window, before the total is changed for it.
+
+        Those of voxels that are near a tie in the total count, for each structure by itself.
+        """
+        x, y, z = (slice(start, start + n) for start, n in zip(window, self._blocks.held, strict=True))
+        total_CXYZ, bounds_1XYZ = self._total_CXYZ[:, x, y, z], self._bounds_of(window)
+        xp = array_namespace(total_CXYZ)
+        for slab in slabs_of(total_CXYZ):
+            near_SXYZ = xp.abs(leads(total_CXYZ[slab])) < bounds_1XYZ[slab]
+            moved_SXYZ = xp.where(near_SXYZ, leads(exact_CXYZ[slab]) - leads(rounded_CXYZ[slab]), 0.0)
+            self._squares_S += to_numpy(xp.sum(moved_SXYZ * moved_SXYZ, axis=(1, 2, 3)))
+            self._learned_S += to_numpy(xp.sum(near_SXYZ, axis=(1, 2, 3)))
 
     def needed(self) -> int:
-        """How many of `windows`, from the first, have to run exactly for the others to turn no more than they may."""
-        fits_N = np.all(self._left_NS * self._error <= self._may_turn_S, axis=1)
-        return len(fits_N) if not fits_N.any() else int(fits_N.argmax())
+        """How many of `windows`, from the first, have to run exactly for the others to turn no more than they may.
 
-    def describe(self, exact: int) -> str:
-        """For people: what is turned once the first `exact` of `windows` have run exactly."""
-        left_S = self._left_NS[exact] * self._error
+        As far as is known: before anything was learned, those that show what rounding does.
+        """
+        if not self._learned_S.any():
+            return self._num_showing
+        fits_N = np.all(self._left_NS * self._error_S <= self._may_turn_S, axis=1)
+        return max(self._num_showing, int(fits_N.argmax()) if fits_N.any() else len(fits_N))
+
+    def describe(self, num_exact: int, names: Sequence[str]) -> str:
+        """For people: what is turned once the first `num_exact` of `windows` have run exactly; after `learn`."""
+        left_S = self._left_NS[num_exact] * self._error_S
         worst = int((left_S / self._may_turn_S).argmax())
         return (
-            f"rounding has turned about {left_S[worst]:.0f} of {self._voxels_S[worst]} voxels of a structure, and too "
-            f"many windows had to run again to settle it; --precision float32 has the exact mask"
+            f"rounding has turned about {left_S[worst]:.0f} of {self._voxels_S[worst]} voxels of {names[worst]} on the "
+            f"network's grid, and too many windows would have to run again; --precision float32 has the exact mask"
         )
 
     @property
-    def _error(self) -> float:
-        """How far rounding moves the logits that are near: their root mean square."""
-        return math.sqrt(self._squares / self._voxels) if self._voxels else 1.0
+    def _error_S(self) -> NDArray[np.float64]:
+        """How far rounding moves logits, as root mean square; of a structure not seen yet, the largest of the others."""
+        error_S = np.sqrt(self._squares_S / np.maximum(self._learned_S, 1))
+        return np.where(self._learned_S > 0, error_S, error_S.max())
+
+    def _bounds_of(self, window: Start) -> Array:
+        """Below what the total counts as near, at each voxel of a window."""
+        x, y, z = along = self._blocks.of(window)
+        bounds_XYZ = self._bounds_XYZ[x, y, z]
+        for axis, (cuts, blocks) in enumerate(zip(self._blocks.cuts, along, strict=True)):
+            bounds_XYZ = np.repeat(bounds_XYZ, np.diff(cuts)[blocks], axis=axis)
+        return array_namespace(self._total_CXYZ).asarray(bounds_XYZ[None], device=device(self._total_CXYZ))

@@ -130,7 +130,7 @@ class VoxelStream:
         self._num_bytes = math.prod(header.geometry.size) * header.dtype.itemsize
         self._filled = 0
         with ExitStack() as files:
-            ahead = take_unpacked(path)
+            ahead = take_unpacked(path)  # a whole file's, so of NIfTI
             if ahead is not None:
                 files.callback(ahead.close)
                 self._unpacked: Any = ahead

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import shutil
 import tempfile
@@ -31,6 +32,8 @@ from ctseg.server.settings import Settings
 from ctseg.server.tasks import Tasks
 from ctseg.server.worker import ModelWorker
 from ctseg.volume import Geometry, Volume
+
+LOG = logging.getLogger("ctseg.server")
 
 MAX_CLICKS = 256
 """In one session; a person gives up long before."""
@@ -172,7 +175,7 @@ class Service:
 
         def work(check: Callable[[], None]) -> NDArray[np.uint8]:
             volume = self.volume(image)  # read only now: those who wait are many
-            return predict(served.model, volume, lambda *_: check())
+            return predict(served.model, volume, lambda *_: check(), note=LOG.warning)
 
         return await self._run(request, work, geometry)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,10 @@ if TYPE_CHECKING:
 
 LIBRARY = "openvino"
 PRECISIONS: tuple[str, ...] = ("float32", "bfloat16")
-CONVERTER = "openvino.tools.ovc"
 HINTS = {"float32": "f32", "bfloat16": "bf16"}
+CONVERTER = "openvino.tools.ovc"
+"""What turns models' files into OpenVINO's; the package imports it if it can."""
+_IMPORTING = threading.Lock()
 
 
 def compile_network(network: nn.Module, window: Window, runtime: Runtime) -> bytes:
@@ -47,9 +50,8 @@ def compile_network(network: nn.Module, window: Window, runtime: Runtime) -> byt
 
 def load(content: Bytes, window: Window, runtime: Runtime) -> Forward:
     """What `compile_network` made, ready to run."""
-    core = _core()
-    shared = _import_openvino().Tensor(np.frombuffer(content, np.uint8))  # bytes would be copied
-    compiled = core.import_model(shared, "CPU", _settings(runtime))
+    tensor = _import_openvino().Tensor(np.frombuffer(content, np.uint8))  # a copy, as bytes would be on the way
+    compiled = _core().import_model(tensor, "CPU", _settings(runtime))
     request = compiled.create_infer_request()
 
     def run(image_BCXYZ: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -93,17 +95,18 @@ def _import_openvino() -> Any:
 
     And without its converter of models' files, which takes as long to import as all the rest and is not needed here.
     """
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # None: importing it fails
-    if "openvino" not in sys.modules:
-        sys.modules[CONVERTER] = None  # type: ignore[assignment]
-        try:
-            import openvino
-        finally:
-            del sys.modules[CONVERTER]
-        openvino.convert_model = _convert_model  # for whoever else in this process uses it
-    import openvino
+    with _IMPORTING:
+        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # None: importing it fails
+        if "openvino" not in sys.modules:
+            sys.modules[CONVERTER] = None  # type: ignore[assignment]
+            try:
+                import openvino
+            finally:
+                del sys.modules[CONVERTER]
+            openvino.convert_model = _convert_model  # for whoever else in this process uses it
+        import openvino
 
-    return openvino
+        return openvino
 
 
 def _convert_model(*arguments: Any, **options: Any) -> Any:
