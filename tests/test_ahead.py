@@ -1,5 +1,6 @@
 """A file whose beginning was unpacked ahead reads as it does without, and nothing of it is left behind."""
 
+import gc
 import gzip
 import os
 import threading
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from ctseg import ahead
-from ctseg.ahead import UnpackedAhead, take_unpacked, unpacking_ahead
+from ctseg.ahead import UnpackedAhead, bytes_ahead, forget_unpacked, take_unpacked, unpacking_ahead
 from ctseg.errors import ImageError
 from ctseg.io.images import read_image, write_image
 from ctseg.io.stream import CTStream
@@ -23,6 +24,9 @@ SIZE = (60, 50, 40)
 def nothing_is_left() -> Iterator[None]:
     """Neither a thread nor a file."""
     yield
+    gc.collect()
+    open_files = [str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.exists()]
+    assert [name for name in open_files if name.endswith(".nii.gz")] == []
     assert [thread.name for thread in threading.enumerate() if thread.name == "ctseg-unpack"] == []
     assert ahead._begun == {}
 
@@ -71,11 +75,14 @@ def test_a_ct_is_the_same(file: Path, most: int, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(ahead, "MAX_BYTES", most)
     wanted = read_image(file)
     with unpacking_ahead(file):
+        assert list(ahead._begun) == [file]
         read = read_image(file)
-        assert take_unpacked(file) is None, "it was taken"
+        assert list(ahead._begun) == [], "it was taken"
     with unpacking_ahead(file):
         stream = CTStream(file)
+        assert list(ahead._begun) == [file]
         planes = stream.planes(3, 40)
+        assert list(ahead._begun) == []
         stream.finish()
     np.testing.assert_array_equal(read.array, wanted.array)
     np.testing.assert_array_equal(planes, wanted.array.T[3:])
@@ -100,9 +107,54 @@ def test_what_is_wrong_is_told_in_the_same_words(
     file.write_bytes(changed[damage])
     with pytest.raises(ImageError) as alone:
         read_image(file)
-    with pytest.raises(ImageError) as ours, unpacking_ahead(file):
-        read_image(file)
+    with unpacking_ahead(file):
+        assert list(ahead._begun) == [file]
+        with pytest.raises(ImageError) as ours:
+            read_image(file)
     assert str(ours.value) == str(alone.value)
+
+
+@pytest.mark.parametrize("how", ["replaced", "longer", "rewritten"])
+def test_a_file_that_has_changed_since_is_read_anew(file: Path, how: str, tmp_path: Path) -> None:
+    """Its header is read only when its turn comes: voxels and header must be of the same file."""
+    other = np.random.default_rng(1).integers(-1000, 1000, SIZE).astype(np.int16)
+    with unpacking_ahead(file):
+        whole = tmp_path / "other.nii.gz"
+        write_image(whole, Volume(other, Geometry(SIZE, np.diag([1.0, 1.0, 2.0, 1.0]))))
+        if how == "replaced":
+            whole.replace(file)
+        else:
+            file.write_bytes(whole.read_bytes() + (bytes(8) if how == "longer" else b""))
+            os.utime(file, ns=(0, 10**18))
+        np.testing.assert_array_equal(read_image(file).array, other)
+
+
+def test_stopping_in_the_middle_loses_nothing(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "_CHUNK_BYTES", 1000)
+    stream = UnpackedAhead(file)
+    stream.stop()
+    assert read_all(stream, 777) == gzip.decompress(file.read_bytes())
+    stream.close()
+
+
+def test_how_much_memory_it_takes(file: Path) -> None:
+    assert bytes_ahead() == 0
+    with unpacking_ahead(file):
+        ahead._begun[file]._thread.join()
+        assert bytes_ahead() == len(gzip.decompress(file.read_bytes()))
+        forget_unpacked()
+        assert bytes_ahead() == 0
+
+
+def test_without_a_thread_it_is_read_as_ever(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", start)
+        with unpacking_ahead(file):
+            assert ahead._begun == {}
+            assert read_image(file).geometry.size == SIZE
 
 
 def test_what_nobody_takes_goes(file: Path) -> None:

@@ -26,6 +26,7 @@ class UnpackedAhead:
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("rb")
+        self._version = _version_of(os.fstat(self._file.fileno()))
         self._unpacked = igzip.IGzipFile(fileobj=self._file, mode="rb")
         self._chunks: list[memoryview] = []
         self._error: Exception | None = None
@@ -39,8 +40,7 @@ class UnpackedAhead:
 
     def is_of(self, path: Path) -> bool:
         """Whether this is the file that lies there now, and unchanged."""
-        opened, now = os.fstat(self._file.fileno()), path.stat()
-        return all(getattr(opened, n) == getattr(now, n) for n in ("st_dev", "st_ino", "st_size", "st_mtime_ns"))
+        return _version_of(path.stat()) == self._version
 
     @property
     def num_bytes(self) -> int:
@@ -84,6 +84,10 @@ class UnpackedAhead:
                 num_bytes += len(chunk)
         except Exception as error:  # igzip's own among them: whoever reads that far is told
             self._error = error
+
+
+def _version_of(status: os.stat_result) -> tuple[int, int, int, int]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 @contextmanager

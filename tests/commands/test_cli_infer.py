@@ -237,8 +237,13 @@ def test_the_first_ct_to_do_is_unpacked_ahead(
     for seed, name in enumerate(("one.nii.gz", "two.nii.gz")):
         (tmp_path / name).write_bytes(gzip.compress(header(ct(seed))))
     taken: list[str] = []
+    begun_files: list[str] = []
 
     class Told(UnpackedAhead):
+        def __init__(self, path: Path) -> None:
+            super().__init__(path)
+            begun_files.append(path.name)
+
         def readinto(self, target: memoryview | bytearray) -> int:
             taken.append(self._file.name)
             return super().readinto(target)
@@ -248,7 +253,7 @@ def test_the_first_ct_to_do_is_unpacked_ahead(
         cli("infer", *done, *call)
     monkeypatch.setattr("ctseg.ahead.UnpackedAhead", Told)
     assert cli("infer", "one.nii.gz", "two.nii.gz", *call, *options).code == 0
-    assert sorted({Path(name).name for name in taken}) == begun
+    assert sorted({Path(name).name for name in taken}) == begun_files == begun
 
 
 def test_fast_says_so_and_keeps_its_masks_apart(cli: Callable[..., Any], cts: Path, tiny_model: Path, tmp_path: Path):

@@ -151,7 +151,7 @@ def test_reduced_precision_has_the_exact_network_at_hand(
     assert load_model(checkpoint, replace(reduced, precision="float32"), backend, exact=True).exact is None
 
 
-def test_without_a_cache_the_exact_network_is_compiled_when_it_is_used(
+def test_without_a_cache_the_exact_network_is_compiled_with_the_other(
     checkpoint: Path, image: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compiled, "can_keep", lambda: False)
@@ -166,12 +166,29 @@ def test_without_a_cache_the_exact_network_is_compiled_when_it_is_used(
         return content
 
     monkeypatch.setattr(torchs, "compile_network", compile_network)
+    wanted = expected(checkpoint, image)
     model = load_model(checkpoint, Runtime(torch.device("cpu"), "bfloat16"), "torch", exact=True)
-    assert precisions == ["bfloat16"]
-    assert model.exact is not None
-    for _ in range(2):
-        torch.testing.assert_close(model.exact(image), expected(checkpoint, image), atol=1e-4, rtol=1e-4)
     assert precisions == ["bfloat16", "float32"]
+    assert model.exact is not None
+    checkpoint.write_bytes(b"another")
+    for _ in range(2):
+        torch.testing.assert_close(model.exact(image), wanted, atol=1e-4, rtol=1e-4)
+    assert precisions == ["bfloat16", "float32"]
+
+
+def test_a_checkpoint_that_has_changed_is_not_taken_for_what_it_was(
+    checkpoint: Path, cache: Path, image: Tensor
+) -> None:
+    """Its exact network went from the cache before it was used."""
+    model = load_model(checkpoint, Runtime(torch.device("cpu"), "bfloat16"), "torch", exact=True)
+    model = load_model(checkpoint, Runtime(torch.device("cpu"), "bfloat16"), "torch", exact=True)
+    model.forward(image)
+    for entry in networks(cache):
+        entry.unlink()
+    checkpoint.write_bytes(checkpoint.read_bytes() + b"more")
+    assert model.exact is not None
+    with pytest.raises(ModelError, match="has changed since this run began; start it again"):
+        model.exact(image)
 
 
 @pytest.mark.parametrize("damage", [b"", b"half", None])

@@ -79,6 +79,16 @@ def test_windows_and_seconds(tiny_model: Model) -> None:
     )
 
 
+@pytest.mark.parametrize(("size", "again"), [((200, 150, 100), 0.1), ((28, 16, 16), 0.0)])
+def test_windows_that_run_again_take_seconds(tiny_model: Model, size: tuple[int, int, int], again: float) -> None:
+    """A tenth of them, unless there are fewer than four."""
+    cost, extent = replace(COST, again_seconds=2.0), Extent(Geometry(size, np.eye(4)), math.prod(size) * 2)
+    longer = plan_case(tiny_model, extent, cost, 10**12, SCRATCH)
+    shorter = plan_case(tiny_model, extent, COST, 10**12, SCRATCH)
+    assert longer.seconds - shorter.seconds == pytest.approx(longer.windows * again * 2.0)
+    assert longer.windows == shorter.windows
+
+
 def test_each_way_is_taken_where_the_one_before_does_not_fit(tiny_model: Model) -> None:
     in_memory = plan(tiny_model, 1e12).memory_bytes
     volumes = plan(tiny_model, in_memory - 1)
@@ -176,6 +186,31 @@ def test_what_is_measured_is_remembered(tiny_model: Model, monkeypatch: pytest.M
     assert cost.base_bytes > cost.window_bytes >= 0
     monkeypatch.setattr(planning, "measure_network", lambda _: pytest.fail("it is known"))
     assert network_cost(model).seconds == cost.seconds
+
+
+def test_the_exact_network_is_measured_too(tiny_model: Model) -> None:
+    """And remembered apart: without it the same network takes less."""
+    windows: list[int] = []
+
+    def exact(image_BCXYZ: torch.Tensor) -> torch.Tensor:
+        windows.append(len(image_BCXYZ))
+        return tiny_model.forward(image_BCXYZ)
+
+    alone = replace(tiny_model, sha256="measured with another")
+    both = replace(alone, exact=exact)
+    assert network_cost(alone).again_seconds == 0
+    cost = network_cost(both)
+    assert windows == [1] * planning.MEASURED_CALLS
+    assert cost.again_seconds > cost.seconds > 0
+    assert network_cost(both).again_seconds == cost.again_seconds
+    assert len(windows) == planning.MEASURED_CALLS
+    assert network_cost(alone).again_seconds == 0
+
+
+def test_what_was_unpacked_ahead_is_no_part_of_what_a_network_takes(tiny_model: Model, monkeypatch) -> None:
+    base = network_cost(replace(tiny_model, sha256="ahead")).base_bytes
+    monkeypatch.setattr(planning, "bytes_ahead", lambda: 32 * 2**20)
+    assert network_cost(replace(tiny_model, sha256="ahead")).base_bytes < base - 16 * 2**20
 
 
 def jobs_of(manifest: Manifest, output: Path) -> list[Job]:

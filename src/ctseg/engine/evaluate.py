@@ -163,7 +163,7 @@ def score_case(
 ) -> tuple[list[CaseScore], list[CaseLesions]]:
     """The scores of one case, or one failed entry for each structure; `CASE.png` in `overlays` if given.
 
-    And its lesions: none if the case failed or the recipe does not ask for them. `note` is told what a user should know.
+    And its lesions: none if the case failed or the recipe does not ask for them. `note` is told what users should know.
     """
     started = time.perf_counter()
     structures = {int(value): name for value, name in model.recipe.labels.items()}

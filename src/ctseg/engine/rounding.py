@@ -80,21 +80,20 @@ class Rounding:
         """
         if not self._learned_S.any():
             return self._num_showing
-        fits_N = np.all(self._left_NS * self._error_S <= self._may_turn_S, axis=1)
+        fits_N = np.all(self._left_NS * self._errors() <= self._may_turn_S, axis=1)
         return max(self._num_showing, int(fits_N.argmax()) if fits_N.any() else len(fits_N))
 
     def describe(self, num_exact: int, names: Sequence[str]) -> str:
         """For people: what is turned once the first `num_exact` of `windows` have run exactly; after `learn`."""
-        left_S = self._left_NS[num_exact] * self._error_S
+        left_S = self._left_NS[num_exact] * self._errors()
         worst = int((left_S / self._may_turn_S).argmax())
         return (
             f"rounding has turned about {left_S[worst]:.0f} of {self._voxels_S[worst]} voxels of {names[worst]} on the "
             f"network's grid, and too many windows would have to run again; --precision float32 has the exact mask"
         )
 
-    @property
-    def _error_S(self) -> NDArray[np.float64]:
-        """How far rounding moves logits, as root mean square; of a structure not seen yet, the largest of the others."""
+    def _errors(self) -> NDArray[np.float64]:
+        """How far rounding moves logits of each structure (root mean square); unseen ones' as far as any other's."""
         error_S = np.sqrt(self._squares_S / np.maximum(self._learned_S, 1))
         return np.where(self._learned_S > 0, error_S, error_S.max())
 

@@ -1,0 +1,104 @@
+"""`--precision bfloat16` and `--fast` reach the network that they should; what cannot be settled is told."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+
+from ctseg.engine import predict as predicting
+from ctseg.engine.model import Model, load_model
+from ctseg.manifest import Manifest
+
+TOLD = "rounding has turned 5% of all"
+
+
+@pytest.fixture
+def settled(monkeypatch: pytest.MonkeyPatch) -> list[Model]:
+    """The models whose rounding was to be settled, each of which tells that it could not be; on any CPU."""
+    models: list[Model] = []
+
+    def settle(_grid: Any, _done: Any, model: Model, _on_window: Any, note: Callable[[str], None]) -> None:
+        if model.exact is not None:
+            models.append(model)
+            note(TOLD)
+
+    monkeypatch.setattr(predicting, "_settle_rounding", settle)
+    monkeypatch.setattr("ctseg.engine.runtime.cpu_has_bfloat16", lambda: True)
+    return models
+
+
+@pytest.fixture
+def ct(tmp_path: Path) -> Path:
+    path = tmp_path / "ct.nii.gz"
+    voxels = np.random.default_rng(0).integers(-200, 300, (20, 20, 20), dtype=np.int16)
+    nibabel.save(nibabel.Nifti1Image(voxels, np.diag([-5.0, -5.0, 5.0, 1.0])), path)
+    return path
+
+
+INFER = ("infer", "ct.nii.gz", "--output", "masks", "--device", "cpu", "--backend", "torch")
+
+
+def test_infer_has_the_exact_network_beside_the_rounded_one(
+    cli: Callable[..., Any], ct: Path, tiny_model: Path, settled: list[Model]
+) -> None:
+    result = cli(*INFER, "--model", tiny_model, "--precision", "bfloat16")
+    assert result.code == 0
+    assert [model.runtime.precision for model in settled] == ["bfloat16"]
+    assert f"ct.nii.gz: {TOLD}\n" in result.err
+
+
+@pytest.mark.parametrize("options", [["--precision", "float32"], []])
+def test_infer_in_float32_has_nothing_to_settle(
+    cli: Callable[..., Any], ct: Path, tiny_model: Path, settled: list[Model], options: list[str]
+) -> None:
+    assert cli(*INFER, "--model", tiny_model, *options).code == 0
+    assert settled == []
+
+
+def test_fast_neither_settles_nor_compiles_an_exact_network(
+    cli: Callable[..., Any], ct: Path, tiny_model: Path, settled: list[Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+
+    def load(*arguments: Any, exact: bool, **options: Any) -> Model:
+        asked.append(exact)
+        return load_model(*arguments, exact=exact, **options)
+
+    monkeypatch.setattr("ctseg.engine.model.load_model", load)
+    assert cli(*INFER, "--model", tiny_model, "--fast").code == 0
+    assert (settled, asked) == ([], [False])
+
+
+@pytest.mark.parametrize(("options", "number"), [(["--precision", "bfloat16"], 1), (["--fast"], 0)])
+def test_validate_does_as_infer(
+    cli: Callable[..., Any],
+    tiny_model: Path,
+    tiny_data: Path,
+    tiny_manifest: Manifest,
+    settled: list[Model],
+    options: list[str],
+    number: int,
+) -> None:
+    result = cli("validate", "--model", tiny_model, "--manifest", tiny_data, "--split", "testing", *options)
+    assert result.code == 0, result.err
+    assert len(settled) == number
+    assert result.err.count(f": {TOLD}\n") == number
+
+
+def test_serve_loads_the_exact_network(
+    cli: Callable[..., Any], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+
+    def load(*_: Any, exact: bool) -> Model:
+        asked.append(exact)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ctseg.engine.model.load_model", load)
+    monkeypatch.setattr("ctseg.server.run.open_socket", lambda *_: None)
+    (tmp_path / "studies").mkdir()
+    cli("serve", "--studies", "studies", "--model", tiny_model, "--port", "0", "--device", "cpu")
+    assert asked == [True]
