@@ -82,7 +82,7 @@ def test_validate_does_as_infer(
     options: list[str],
     number: int,
 ) -> None:
-    result = cli("validate", "--model", tiny_model, "--manifest", tiny_data, "--split", "testing", *options)
+    result = cli("validate", "--model", tiny_model, "--manifest", tiny_data, "--output", "scores", *options)
     assert result.code == 0, result.err
     assert len(settled) == number
     assert result.err.count(f": {TOLD}\n") == number
