@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from monai.networks.nets import BasicUNet, UNet
-from torch import nn
+from torch import Tensor, nn
 
 from ctseg.networks import (
     OneSlopePReLU,
@@ -150,3 +150,51 @@ def test_only_what_is_slow_is_replaced() -> None:
     layers = nn.Sequential(nn.PReLU(), nn.PReLU(4), nn.LeakyReLU())
     assert [type(m) for m in tune_for_training(layers, torch.device("cuda"))] == [nn.PReLU, nn.PReLU, nn.LeakyReLU]
     assert [type(m) for m in tune_for_training(layers, torch.device("cpu"))] == [OneSlopePReLU, nn.PReLU, nn.LeakyReLU]
+
+
+def bfloat16_gradient(convolution: nn.Module, image: Tensor) -> tuple[Tensor, torch.dtype]:
+    """Of the weights, after memory was left full of NaN; and the type of the answer."""
+    convolution.zero_grad()
+    values = convolution.weight.numel()  # type: ignore[union-attr,operator]
+    left = [torch.full((number,), torch.nan) for number in (values, 2 * values, 2**20)]
+    del left
+    with torch.autocast("cpu", torch.bfloat16):
+        answer = convolution(image)
+    answer.float().square().sum().backward()
+    return convolution.weight.grad.clone(), answer.dtype  # type: ignore[union-attr,operator]
+
+
+@pytest.mark.parametrize(
+    ("convolution", "size"),
+    [
+        (nn.Conv3d(16, 16, 3, padding=1), (2, 4, 4)),
+        (nn.Conv3d(16, 16, (3, 3, 1), padding=(1, 1, 0)), (2, 2, 1)),
+        (nn.Conv3d(16, 16, 5, padding=2), (3, 6, 6)),
+        (nn.Conv3d(16, 16, 3, padding=1, stride=2), (4, 1, 4)),
+        (nn.ConvTranspose3d(16, 16, 3, padding=1), (2, 2, 2)),
+    ],
+)
+def test_gradients_of_images_smaller_than_a_kernel_are_right_in_bfloat16(
+    convolution: nn.Module, size: tuple[int, int, int]
+) -> None:
+    torch.manual_seed(0)
+    image = torch.randn(2, 16, *size)
+    convolution(image).square().sum().backward()
+    wanted = convolution.weight.grad.clone()  # type: ignore[union-attr,operator]
+    safe = tune_for_training(nn.Sequential(copy.deepcopy(convolution)), torch.device("cpu"))[0]  # type: ignore[index]
+    for _ in range(5):
+        got, dtype = bfloat16_gradient(safe, image)
+        assert torch.allclose(got, wanted, atol=0.02 * float(wanted.abs().max()))
+        assert dtype == torch.float32
+
+
+def test_other_convolutions_stay_in_reduced_precision() -> None:
+    network = nn.Sequential(nn.Conv3d(8, 8, 3, padding=1), nn.ConvTranspose3d(8, 8, 3, padding=1))
+    names = list(network.state_dict())
+    safe = tune_for_training(network, torch.device("cpu"))
+    assert list(safe.state_dict()) == names
+    with torch.autocast("cpu", torch.bfloat16):
+        assert [layer(torch.zeros(1, 8, 3, 4, 5)).dtype for layer in safe] == [torch.bfloat16] * 2  # type: ignore[operator]
+        with torch.inference_mode():
+            assert [layer(torch.zeros(1, 8, 2, 2, 2)).dtype for layer in safe] == [torch.bfloat16] * 2  # type: ignore[operator]
+    assert [layer(torch.zeros(1, 8, 2, 2, 2)).dtype for layer in safe] == [torch.float32] * 2  # type: ignore[operator]

@@ -110,14 +110,53 @@ def fold_for_inference(network: nn.Module) -> nn.Module:
 
 
 def tune_for_training(network: nn.Module, device: torch.device) -> nn.Module:
-    """The network with the same answers and gradients, faster on a CPU; weights and their names stay.
+    """The network with the same answers and gradients, faster and safer on a CPU; weights and their names stay.
 
-    PyTorch's gradient of a PReLU takes a fifth of a UNet's training step there.
+    PyTorch's gradient of a PReLU takes a fifth of a UNet's training step there, and that of a convolution's weights may
+    be wrong in bfloat16, see `SafeConv3d`.
     """
+    if device.type != "cpu":
+        return network
     for module in network.modules():
-        if device.type == "cpu" and type(module) is nn.PReLU and module.num_parameters == 1:
+        if type(module) is nn.PReLU and module.num_parameters == 1:
             module.__class__ = OneSlopePReLU
+        elif type(module) is nn.Conv3d:
+            module.__class__ = SafeConv3d
+        elif type(module) is nn.ConvTranspose3d:
+            module.__class__ = SafeConvTranspose3d
     return network
+
+
+class SafeConv3d(nn.Conv3d):
+    """A convolution that leaves bfloat16 where an axis of the image is shorter than its kernel.
+
+    There parts of the weights' gradient hold whatever was in memory before (torch 2.13, oneDNN's kernels for AVX-512's
+    bfloat16; answers and the image's gradient are right). It is cheap: such images have few voxels.
+    """
+
+    def forward(self, image: Tensor) -> Tensor:
+        """The convolution, in float32 where bfloat16 is not safe."""
+        if not _is_unsafe(image, self.kernel_size):
+            return super().forward(image)
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(image.float())
+
+
+class SafeConvTranspose3d(nn.ConvTranspose3d):
+    """A transposed convolution with the care of `SafeConv3d`."""
+
+    def forward(self, image: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """The transposed convolution, in float32 where bfloat16 is not safe."""
+        if not _is_unsafe(image, self.kernel_size):
+            return super().forward(image, output_size)
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(image.float(), output_size)
+
+
+def _is_unsafe(image: Tensor, kernel_size: tuple[int, ...]) -> bool:
+    """Whether gradients will be wanted of a convolution in reduced precision of so few voxels."""
+    is_reduced = torch.is_grad_enabled() and torch.is_autocast_enabled("cpu")
+    return is_reduced and any(n < kernel for n, kernel in zip(image.shape[2:], kernel_size, strict=True))
 
 
 class OneSlopePReLU(nn.PReLU):
