@@ -1,5 +1,6 @@
 """A file whose beginning was unpacked ahead reads as it does without, and nothing of it is left behind."""
 
+import contextlib
 import gc
 import gzip
 import os
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from ctseg import ahead
-from ctseg.ahead import UnpackedAhead, bytes_ahead, forget_unpacked, take_unpacked, unpacking_ahead
+from ctseg.ahead import UnpackedAhead, stop_unpacking, forget_unpacked, take_unpacked, unpacking_ahead
 from ctseg.errors import ImageError
 from ctseg.io.images import read_image, write_image
 from ctseg.io.stream import CTStream
@@ -20,13 +21,21 @@ from ctseg.volume import Geometry, Volume
 SIZE = (60, 50, 40)
 
 
+def open_files() -> list[str]:
+    """Of this process, where the system tells."""
+    names = []
+    for path in Path("/proc/self/fd").glob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            names.append(str(path.readlink()))
+    return names
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_left() -> Iterator[None]:
     """Neither a thread nor a file."""
     yield
     gc.collect()
-    open_files = [str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.exists()]
-    assert [name for name in open_files if name.endswith(".nii.gz")] == []
+    assert [name for name in open_files() if ".nii.gz" in name] == []
     assert [thread.name for thread in threading.enumerate() if thread.name == "ctseg-unpack"] == []
     assert ahead._begun == {}
 
@@ -117,16 +126,36 @@ def test_what_is_wrong_is_told_in_the_same_words(
 @pytest.mark.parametrize("how", ["replaced", "longer", "rewritten"])
 def test_a_file_that_has_changed_since_is_read_anew(file: Path, how: str, tmp_path: Path) -> None:
     """Its header is read only when its turn comes: voxels and header must be of the same file."""
-    other = np.random.default_rng(1).integers(-1000, 1000, SIZE).astype(np.int16)
+    plain = bytearray(gzip.decompress(file.read_bytes()))
+    status = write_stored(file, plain)
+    plain[-2:] = b"\x07\x00"  # the last voxel
     with unpacking_ahead(file):
-        whole = tmp_path / "other.nii.gz"
-        write_image(whole, Volume(other, Geometry(SIZE, np.diag([1.0, 1.0, 2.0, 1.0]))))
         if how == "replaced":
-            whole.replace(file)
+            write_stored(tmp_path / "other.nii.gz", plain)
+            os.utime(tmp_path / "other.nii.gz", ns=(0, status.st_mtime_ns))
+            (tmp_path / "other.nii.gz").replace(file)
+        elif how == "longer":
+            file.write_bytes(gzip.compress(plain, 1))
+            os.utime(file, ns=(0, status.st_mtime_ns))
         else:
-            file.write_bytes(whole.read_bytes() + (bytes(8) if how == "longer" else b""))
-            os.utime(file, ns=(0, 10**18))
-        np.testing.assert_array_equal(read_image(file).array, other)
+            write_stored(file, plain)
+            os.utime(file, ns=(0, status.st_mtime_ns + 1))
+        now = file.stat()
+        changed = [n for n in ("st_ino", "st_size", "st_mtime_ns") if getattr(now, n) != getattr(status, n)]
+        assert changed == [{"replaced": "st_ino", "longer": "st_size", "rewritten": "st_mtime_ns"}[how]]
+        assert read_image(file).array[-1, -1, -1] == 7
+
+
+def write_stored(path: Path, plain: bytes | bytearray) -> os.stat_result:
+    """A gzip file whose size depends on that of its content alone."""
+    path.write_bytes(gzip.compress(plain, 0))
+    return path.stat()
+
+
+def test_a_file_that_is_gone_since_is_not_taken(file: Path) -> None:
+    with unpacking_ahead(file):
+        file.unlink()
+        assert take_unpacked(file) is None
 
 
 def test_stopping_in_the_middle_loses_nothing(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,12 +167,12 @@ def test_stopping_in_the_middle_loses_nothing(file: Path, monkeypatch: pytest.Mo
 
 
 def test_how_much_memory_it_takes(file: Path) -> None:
-    assert bytes_ahead() == 0
+    assert stop_unpacking() == 0
     with unpacking_ahead(file):
         ahead._begun[file]._thread.join()
-        assert bytes_ahead() == len(gzip.decompress(file.read_bytes()))
+        assert stop_unpacking() == len(gzip.decompress(file.read_bytes()))
         forget_unpacked()
-        assert bytes_ahead() == 0
+        assert stop_unpacking() == 0
 
 
 def test_without_a_thread_it_is_read_as_ever(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,7 +40,10 @@ class UnpackedAhead:
 
     def is_of(self, path: Path) -> bool:
         """Whether this is the file that lies there now, and unchanged."""
-        return _version_of(path.stat()) == self._version
+        try:
+            return _version_of(path.stat()) == self._version
+        except OSError:
+            return False
 
     @property
     def num_bytes(self) -> int:
@@ -116,8 +119,8 @@ def take_unpacked(path: Path) -> UnpackedAhead | None:
     return found
 
 
-def bytes_ahead() -> int:
-    """How much memory is taken by what was begun; from now on it is no more than that."""
+def stop_unpacking() -> int:
+    """Unpacks no more ahead; how many bytes are kept."""
     for begun in _begun.values():
         begun.stop()
     return sum(begun.num_bytes for begun in _begun.values())

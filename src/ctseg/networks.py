@@ -131,7 +131,7 @@ class SafeConv3d(nn.Conv3d):
     """A convolution that leaves bfloat16 where an axis of the image is shorter than its kernel.
 
     There parts of the weights' gradient hold whatever was in memory before (torch 2.13, oneDNN's kernels for AVX-512's
-    bfloat16; answers and the image's gradient are right). It is cheap: such images have few voxels.
+    bfloat16; answers, the image's gradient, and convolutions of 2D images are right). Most such images are small.
     """
 
     def forward(self, image: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ class SafeConvTranspose3d(nn.ConvTranspose3d):
 def _is_unsafe(image: Tensor, kernel_size: tuple[int, ...]) -> bool:
     """Whether gradients will be wanted of a convolution in reduced precision of so few voxels."""
     is_reduced = torch.is_grad_enabled() and torch.is_autocast_enabled("cpu")
-    return is_reduced and any(n < kernel for n, kernel in zip(image.shape[2:], kernel_size, strict=True))
+    return is_reduced and any(n < kernel for n, kernel in zip(image.shape[-3:], kernel_size, strict=True))
 
 
 class OneSlopePReLU(nn.PReLU):

@@ -1,5 +1,6 @@
 """`--precision bfloat16` and `--fast` reach the network that they should; what cannot be settled is told."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,14 @@ def test_infer_has_the_exact_network_beside_the_rounded_one(
     result = cli(*INFER, "--model", tiny_model, "--precision", "bfloat16")
     assert result.code == 0
     assert [model.runtime.precision for model in settled] == ["bfloat16"]
-    assert f"ct.nii.gz: {TOLD}\n" in result.err
+    assert result.err.count(f"ct.nii.gz: {TOLD}\n") == 1
+
+
+def test_what_could_not_be_settled_is_told_to_scripts_too(
+    cli: Callable[..., Any], ct: Path, tiny_model: Path, settled: list[Model]
+) -> None:
+    result = cli(*INFER, "--model", tiny_model, "--precision", "bfloat16", "--json", "--quiet")
+    assert json.loads(result.out)[0]["notes"] == [TOLD]
 
 
 @pytest.mark.parametrize("options", [["--precision", "float32"], []])
@@ -82,7 +90,9 @@ def test_validate_does_as_infer(
     options: list[str],
     number: int,
 ) -> None:
-    result = cli("validate", "--model", tiny_model, "--manifest", tiny_data, "--output", "scores", *options)
+    result = cli(
+        "validate", "--model", tiny_model, "--manifest", tiny_data, "--output", "scores", "--device", "cpu", *options
+    )
     assert result.code == 0, result.err
     assert len(settled) == number
     assert result.err.count(f": {TOLD}\n") == number
@@ -98,7 +108,8 @@ def test_serve_loads_the_exact_network(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("ctseg.engine.model.load_model", load)
-    monkeypatch.setattr("ctseg.server.run.open_socket", lambda *_: None)
+    for name in ("open_socket", "start_log"):
+        monkeypatch.setattr(f"ctseg.server.run.{name}", lambda *_: None)
     (tmp_path / "studies").mkdir()
     cli("serve", "--studies", "studies", "--model", tiny_model, "--port", "0", "--device", "cpu")
     assert asked == [True]

@@ -79,14 +79,15 @@ def test_windows_and_seconds(tiny_model: Model) -> None:
     )
 
 
-@pytest.mark.parametrize(("size", "again"), [((200, 150, 100), 0.1), ((28, 16, 16), 0.0)])
-def test_windows_that_run_again_take_seconds(tiny_model: Model, size: tuple[int, int, int], again: float) -> None:
+@pytest.mark.parametrize(("length", "windows", "again"), [(290, 3, 0.0), (340, 4, 0.1), (900, 9, 0.1)])
+def test_windows_that_run_again_take_seconds(tiny_model: Model, length: int, windows: int, again: float) -> None:
     """A tenth of them, unless there are fewer than four."""
+    size = (length, 100, 100)
     cost, extent = replace(COST, again_seconds=2.0), Extent(Geometry(size, np.eye(4)), math.prod(size) * 2)
     longer = plan_case(tiny_model, extent, cost, 10**12, SCRATCH)
     shorter = plan_case(tiny_model, extent, COST, 10**12, SCRATCH)
-    assert longer.seconds - shorter.seconds == pytest.approx(longer.windows * again * 2.0)
-    assert longer.windows == shorter.windows
+    assert longer.windows == shorter.windows == windows
+    assert longer.seconds - shorter.seconds == pytest.approx(windows * again * 2.0)
 
 
 def test_each_way_is_taken_where_the_one_before_does_not_fit(tiny_model: Model) -> None:
@@ -209,7 +210,7 @@ def test_the_exact_network_is_measured_too(tiny_model: Model) -> None:
 
 def test_what_was_unpacked_ahead_is_no_part_of_what_a_network_takes(tiny_model: Model, monkeypatch) -> None:
     base = network_cost(replace(tiny_model, sha256="ahead")).base_bytes
-    monkeypatch.setattr(planning, "bytes_ahead", lambda: 32 * 2**20)
+    monkeypatch.setattr(planning, "stop_unpacking", lambda: 32 * 2**20)
     assert network_cost(replace(tiny_model, sha256="ahead")).base_bytes < base - 16 * 2**20
 
 

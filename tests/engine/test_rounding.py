@@ -92,21 +92,29 @@ def test_each_of_several_structures_is_settled(tiny_recipe: Recipe) -> None:
 
 
 class TwoErrors(Network):
-    """Rounding moves the second structure ten times as far as the first."""
+    """Rounding moves one structure ten times as far as the other."""
+
+    def __init__(self, *errors: float) -> None:
+        super().__init__(structures=2)
+        self.errors = errors
 
     def __call__(self, image_BCXYZ: Tensor) -> Tensor:
         logits_BCXYZ = super().__call__(image_BCXYZ)
-        logits_BCXYZ[:, 1] += ERROR / 10
-        logits_BCXYZ[:, 2] += ERROR
+        logits_BCXYZ[:, 1] += self.errors[0]
+        logits_BCXYZ[:, 2] += self.errors[1]
         return logits_BCXYZ
 
 
-def test_each_structure_has_its_own_error(tiny_recipe: Recipe) -> None:
-    """The first has ten times as many voxels near a tie, and would show an error far too small for the second."""
+@pytest.mark.parametrize("turned_round", [False, True])
+def test_each_structure_has_its_own_error(tiny_recipe: Recipe, turned_round: bool) -> None:
+    """One has ten times as many voxels near a tie, and would show an error far too small for the other."""
     image_XYZ = ball(90, 9.0, slope=0.2) - ball(250, 9.0, slope=2.0)
-    wanted = logits(tiny_recipe, image_XYZ, Network(structures=2)).argmax(dim=0)
-    alone = logits(tiny_recipe, image_XYZ, TwoErrors(structures=2)).argmax(dim=0)
-    ours = logits(tiny_recipe, image_XYZ, TwoErrors(structures=2), Network(structures=2)).argmax(dim=0)
+    sign, errors = (-1, (ERROR, ERROR / 10)) if turned_round else (1, (ERROR / 10, ERROR))
+    wanted = logits(tiny_recipe, sign * image_XYZ, Network(structures=2)).argmax(dim=0)
+    alone = logits(tiny_recipe, sign * image_XYZ, TwoErrors(*errors)).argmax(dim=0)
+    notes: list[str] = []
+    ours = logits(tiny_recipe, sign * image_XYZ, TwoErrors(*errors), Network(structures=2), notes).argmax(dim=0)
+    assert notes == []
     for value in (1, 2):
         may_turn = TURNED * max(int((wanted == value).sum()), LEAST_VOXELS)
         assert ((alone == value) ^ (wanted == value)).sum() > 4 * may_turn
@@ -187,15 +195,20 @@ def test_the_error_is_that_of_voxels_which_the_average_has_near_a_tie() -> None:
 
 
 def test_a_structure_is_not_taken_for_another() -> None:
-    """Two ramps, one after the other; what is learned of the first says nothing of the second."""
-    first, second = RAMP.clone(), RAMP.clone()
-    first[:, 1500:], second[:, :500] = -1.0, -1.0
-    second[:, 500:] = RAMP[:, :1501].flip(1)
-    logits_CXYZ = torch.cat([torch.zeros_like(RAMP), first, second])
-    rounding = Rounding(summed(logits_CXYZ), ALONG_RAMP, WINDOW)
-    assert rounding.needed() == 2
+    """Of two ramps, one after the other, each has a window that runs whatever the first one shows."""
+    first, second = RAMP.clone(), RAMP.flip(1)
+    first[:, :300], first[:, 700:], second[:, :1300], second[:, 1700:] = -1.0, -1.0, -1.0, -1.0
+    first[:, 300:700] = RAMP[:, 800:1200]
+    second[:, 1300:1700] = RAMP.flip(1)[:, 800:1200]
+    total_CXYZ = summed(torch.cat([torch.zeros_like(RAMP), first, second]))
+    rounding = Rounding(total_CXYZ, ALONG_RAMP, WINDOW)
     places = sorted(x + 8 for x, _, _ in rounding.windows[:2])
-    assert places[0] == pytest.approx(1000, abs=216)
+    assert places == [pytest.approx(500, abs=216), pytest.approx(1500, abs=216)]
+    for window, error in zip(rounding.windows[:2], (0.0, 0.1), strict=True):
+        assert rounding.needed() == 2
+        exact = total_CXYZ[:, window[0] : window[0] + 16] / 2
+        rounding.learn(window, exact + error * torch.tensor([0.0, 1.0, 1.0]).view(3, 1, 1, 1), exact)
+    assert rounding.needed() > 10
 
 
 def test_progress_counts_windows_that_run_again(tiny_recipe: Recipe) -> None:
@@ -228,7 +241,9 @@ def test_fast_settles_nothing(tiny_recipe: Recipe) -> None:
 
 
 def test_scores_on_a_disk_are_settled_alike(tiny_recipe: Recipe, tmp_path: Path) -> None:
-    model = Model(tiny_recipe, Network(ERROR), Runtime(torch.device("cpu")), Path("model.pt"), "", exact=Network())
+    exact = Network()
+    model = Model(tiny_recipe, Network(ERROR), Runtime(torch.device("cpu")), Path("model.pt"), "", exact=exact)
     inference = replace(tiny_recipe.inference, window_size=WINDOW, overlap=0.5)
     in_memory = window_logits(model, ball(120, 7.0), inference)
+    assert exact.windows > 0
     assert torch.equal(in_memory, window_logits(model, ball(120, 7.0), inference, scratch=tmp_path))

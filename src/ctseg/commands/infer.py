@@ -112,9 +112,11 @@ def infer(
         with folder_if_used(output):
             _infer_in_parts(gpus or 1, shard, path, as_json)
         return
-    with unpacking_ahead(None if dry_run else _first_packed(part.take(jobs), overwrite)):
+    todo = [job for job in part.take(jobs) if overwrite or not job.is_done]
+    with unpacking_ahead(None if dry_run else _first_packed(todo)):
         plans, outcomes = _segment(
             jobs,
+            todo,
             path,
             output,
             options,
@@ -139,6 +141,7 @@ def infer(
 
 def _segment(
     jobs: list[Job],
+    todo: list[Job],
     path: Path,
     output: Path,
     options: Options,
@@ -153,7 +156,7 @@ def _segment(
     dry_run: bool,
     quiet: bool,
 ) -> tuple[RunPlan, list[Outcome]]:
-    """How the CTs of a part are to be done, and unless that is all that is asked for, what became of them."""
+    """How the CTs of `todo` are to be done; unless that is all that is asked for, what became of those of the part."""
     with importing():
         from ctseg.engine.model import load_model, next_run_is_leaner, runtime_for
         from ctseg.engine.process import stop_on_signal
@@ -176,7 +179,6 @@ def _segment(
         check_no_clicks(loaded.recipe, path)
         fast = ", fast" if options.fast else ""
         progress.note(f"model {path} on {runtime.describe()}, {loaded.backend}{fast}{_part(part)}")
-        todo = [job for job in part.take(jobs) if overwrite or not job.is_done]
         plans = plan_run(
             loaded, todo, options, output, progress, max_bytes=max_bytes, measure=dry_run, overlays=overlays
         )
@@ -201,11 +203,11 @@ def _segment(
     return plans, outcomes
 
 
-def _first_packed(jobs: list[Job], overwrite: bool) -> Path | None:
-    """The first CT to do, if it is a file that can be unpacked ahead."""
-    first = next((job for job in jobs if overwrite or not job.is_done), None)
-    is_packed = first is not None and first.series is None and first.image.name.lower().endswith(".nii.gz")
-    return first.image if first is not None and is_packed else None
+def _first_packed(todo: list[Job]) -> Path | None:
+    """The first CT, if it is a file that can be unpacked ahead."""
+    if not todo or todo[0].series is not None or not todo[0].image.name.lower().endswith(".nii.gz"):
+        return None
+    return todo[0].image
 
 
 def _output_folder(output: Path, part: Shard, dry_run: bool) -> AbstractContextManager[Path]:

@@ -78,8 +78,7 @@ def compiled_network(
     """
     check_backend(backend, runtime)
 
-    @functools.cache
-    def folded() -> tuple[Recipe, nn.Module]:
+    def fold() -> tuple[Recipe, nn.Module]:
         note("first run of this model here: its network is compiled, later runs start faster")
         from ctseg.networks import fold_for_inference
         from ctseg.phases import finest_level_in_phases
@@ -87,6 +86,7 @@ def compiled_network(
         recipe, network = source()
         return recipe, finest_level_in_phases(fold_for_inference(network))
 
+    folded = functools.cache(fold)
     opened = functools.cache(lambda name: _open(sha256, folded, runtime, name))
     if backend == "auto":
         others = _others(runtime)
@@ -96,8 +96,10 @@ def compiled_network(
         return found
     in_float32 = replace(runtime, precision="float32")
     if not _is_kept(sha256, in_float32, backend):
-        return replace(found, exact=_open(sha256, folded, in_float32, backend).forward)
-    return replace(found, exact=_once_used(lambda: _open(sha256, folded, in_float32, backend).forward))
+        compiled = _open(sha256, folded, in_float32, backend)
+        if not can_keep():
+            return replace(found, exact=compiled.forward)
+    return replace(found, exact=_once_used(lambda: _open(sha256, fold, in_float32, backend).forward))
 
 
 def ready_without_torch(sha256: str, runtime: Runtime, backend: str, *, exact: bool = False) -> bool:

@@ -46,7 +46,8 @@ class Outcome:
 
     Attributes:
         seconds: Of work on it, without waiting.
-        notes: What was repaired or odd about a DICOM series, or missing in its header.
+        notes: What a user should know of how the network ran; what was repaired or odd about a DICOM series, or missing
+            in its header.
         stage_seconds: Of "read", "prepare", "network", "restore", "write", as far as it came, and "waiting" between
             them while other CTs were worked on.
     """
@@ -75,6 +76,8 @@ class _Work:
     mask: NDArray[np.uint8] | None = None
     scores: Scores | None = None
     error: str = ""
+    told: list[str] = field(default_factory=list)
+    """What a user should know of how the network ran."""
 
     def take_volume(self, *, keep: bool) -> Volume | PlaneStream:
         """The CT; from now on only its grid is held here, unless its voxels are to be kept."""
@@ -225,7 +228,7 @@ def _segment(
             clock=work.clock,
             placement=work.placement,
             fast=options.fast,
-            note=lambda told: progress.note(f"{name}: {told}"),
+            note=work.told.append,
         )
         result = run()
         work.mask, work.scores = (None, result) if isinstance(result, Scores) else (result, None)
@@ -237,7 +240,7 @@ def _write(work: _Work, model: Model, options: Options, overlays: bool) -> Outco
     if work.skipped:
         return Outcome(job.image, job.mask, "skipped", {}, 0.0)
     volumes: dict[str, float] = {}
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # of reading and writing
     with _case_errors(work, model.runtime.device):
         work.digest = None if work.hashing is None else work.hashing.result()
     if case is not None and not work.error:
@@ -253,7 +256,7 @@ def _write(work: _Work, model: Model, options: Options, overlays: bool) -> Outco
     work_seconds = sum(work.clock.seconds.values())
     if work.error:
         notes, volumes = (), {}
-    return Outcome(job.image, job.mask, status, volumes, work_seconds, work.error, notes, seconds)
+    return Outcome(job.image, job.mask, status, volumes, work_seconds, work.error, (*work.told, *notes), seconds)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import ctseg
-from ctseg.ahead import bytes_ahead
+from ctseg.ahead import stop_unpacking
 from ctseg.arrays import as_asked, zeros
 from ctseg.engine.cache import Entry, cache_key, read_entry, write_entry
 from ctseg.engine.cases import case_extent, needs_voxels
@@ -141,8 +141,9 @@ def measure_network(model: Model) -> NetworkCost:
 
 
 def _bytes_of_process() -> int:
-    """What it has in memory, but for what was unpacked ahead: that goes before anything else comes."""
-    return resident_bytes() - bytes_ahead()
+    """What it has in memory, but for what was unpacked ahead: that goes before the first window runs."""
+    num_bytes_ahead = stop_unpacking()
+    return resident_bytes() - num_bytes_ahead
 
 
 def _seconds_of_window(model: Model) -> float:

@@ -56,6 +56,7 @@ class Rounding:
         self._num_showing = min(len(showing), self.most)
         self._left_NS = np.cumsum(turned_WS[order[::-1]], axis=0)[::-1]
         """Of the windows from the Nth on."""
+        self._num_shown = 0
         self._squares_S = np.zeros(len(self._voxels_S))
         self._learned_S = np.zeros(len(self._voxels_S), dtype=np.int64)
 
@@ -64,6 +65,7 @@ class Rounding:
 
         Those of voxels that are near a tie in the total count, for each structure by itself.
         """
+        self._num_shown += 1
         x, y, z = (slice(start, start + n) for start, n in zip(window, self._blocks.held, strict=True))
         total_CXYZ, bounds_1XYZ = self._total_CXYZ[:, x, y, z], self._bounds_of(window)
         xp = array_namespace(total_CXYZ)
@@ -76,12 +78,12 @@ class Rounding:
     def needed(self) -> int:
         """How many of `windows`, from the first, have to run exactly for the others to turn no more than they may.
 
-        As far as is known: before anything was learned, those that show what rounding does.
+        As far as is known: at first those that show what rounding does.
         """
-        if not self._learned_S.any():
+        if self._num_shown < self._num_showing:
             return self._num_showing
         fits_N = np.all(self._left_NS * self._errors() <= self._may_turn_S, axis=1)
-        return max(self._num_showing, int(fits_N.argmax()) if fits_N.any() else len(fits_N))
+        return int(fits_N.argmax()) if fits_N.any() else len(fits_N)
 
     def describe(self, num_exact: int, names: Sequence[str]) -> str:
         """For people: what is turned once the first `num_exact` of `windows` have run exactly; after `learn`."""

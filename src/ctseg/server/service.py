@@ -175,7 +175,7 @@ class Service:
 
         def work(check: Callable[[], None]) -> NDArray[np.uint8]:
             volume = self.volume(image)  # read only now: those who wait are many
-            return predict(served.model, volume, lambda *_: check(), note=LOG.warning)
+            return predict(served.model, volume, lambda *_: check(), note=lambda told: _tell(served, told))
 
         return await self._run(request, work, geometry)
 
@@ -243,6 +243,10 @@ def open_service(settings: Settings, models: Sequence[tuple[str, Model]]) -> Ser
         cache=ByteCache(settings.cache_bytes),
         scratch=Path(tempfile.mkdtemp(prefix="ctseg-serve-")),
     )
+
+
+def _tell(served: Served, told: str) -> None:
+    LOG.warning("model %s: %s", served.name, told)
 
 
 def _remove(upload: Upload) -> None:

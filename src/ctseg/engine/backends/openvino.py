@@ -24,7 +24,7 @@ PRECISIONS: tuple[str, ...] = ("float32", "bfloat16")
 HINTS = {"float32": "f32", "bfloat16": "bf16"}
 CONVERTER = "openvino.tools.ovc"
 """What turns models' files into OpenVINO's; the package imports it if it can."""
-_IMPORTING = threading.Lock()
+_IMPORTING, _LOADING = threading.Lock(), threading.Lock()
 
 
 def compile_network(network: nn.Module, window: Window, runtime: Runtime) -> bytes:
@@ -50,7 +50,7 @@ def compile_network(network: nn.Module, window: Window, runtime: Runtime) -> byt
 
 def load(content: Bytes, window: Window, runtime: Runtime) -> Forward:
     """What `compile_network` made, ready to run."""
-    tensor = _import_openvino().Tensor(np.frombuffer(content, np.uint8))  # a copy, as bytes would be on the way
+    tensor = _import_openvino().Tensor(np.frombuffer(content, np.uint8))  # copied once; bytes are copied twice
     compiled = _core().import_model(tensor, "CPU", _settings(runtime))
     request = compiled.create_infer_request()
 
@@ -71,8 +71,13 @@ def _settings(runtime: Runtime) -> dict[str, Any]:
     }
 
 
-@functools.cache
 def _core() -> Any:
+    with _LOADING:  # threads that load networks at once share one
+        return _loaded_core()
+
+
+@functools.cache
+def _loaded_core() -> Any:
     """OpenVINO with its CPU plugin, loaded in a thread of its own that then ends.
 
     The plugin gives the thread that loads it an alternate signal stack, and Python has its signal handlers run on such
