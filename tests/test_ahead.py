@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from ctseg import ahead
-from ctseg.ahead import UnpackedAhead, stop_unpacking, forget_unpacked, take_unpacked, unpacking_ahead
+from ctseg.ahead import UnpackedAhead, forget_unpacked, stop_unpacking, take_unpacked, unpacking_ahead
 from ctseg.errors import ImageError
 from ctseg.io.images import read_image, write_image
 from ctseg.io.stream import CTStream
