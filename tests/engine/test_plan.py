@@ -79,7 +79,7 @@ def test_windows_and_seconds(tiny_model: Model) -> None:
     )
 
 
-@pytest.mark.parametrize(("length", "windows", "again"), [(290, 3, 0.0), (340, 4, 0.1), (900, 9, 0.1)])
+@pytest.mark.parametrize(("length", "windows", "again"), [(290, 3, 0.0), (340, 4, 0.1), (880, 9, 0.1)])
 def test_windows_that_run_again_take_seconds(tiny_model: Model, length: int, windows: int, again: float) -> None:
     """A tenth of them, unless there are fewer than four."""
     size = (length, 100, 100)
