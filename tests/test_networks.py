@@ -172,10 +172,11 @@ def bfloat16_gradient(convolution: nn.Module, image: Tensor) -> tuple[Tensor, to
         (nn.Conv3d(16, 16, 5, padding=2), (3, 6, 6)),
         (nn.Conv3d(16, 16, 3, padding=1, stride=2), (4, 1, 4)),
         (nn.ConvTranspose3d(16, 16, 3, padding=1), (2, 2, 2)),
+        (nn.Conv2d(16, 16, 3, padding=1, stride=2), (4, 1)),
     ],
 )
 def test_gradients_of_images_smaller_than_a_kernel_are_right_in_bfloat16(
-    convolution: nn.Module, size: tuple[int, int, int]
+    convolution: nn.Module, size: tuple[int, ...]
 ) -> None:
     torch.manual_seed(0)
     image = torch.randn(2, 16, *size)

@@ -120,19 +120,28 @@ def tune_for_training(network: nn.Module, device: torch.device) -> nn.Module:
     for module in network.modules():
         if type(module) is nn.PReLU and module.num_parameters == 1:
             module.__class__ = OneSlopePReLU
-        elif type(module) is nn.Conv3d:
-            module.__class__ = SafeConv3d
-        elif type(module) is nn.ConvTranspose3d:
-            module.__class__ = SafeConvTranspose3d
+        elif type(module) in SAFE:
+            module.__class__ = SAFE[type(module)]
     return network
 
 
 class SafeConv3d(nn.Conv3d):
     """A convolution that leaves bfloat16 where an axis of the image is shorter than its kernel.
 
-    There parts of the weights' gradient hold whatever was in memory before (torch 2.13, oneDNN's kernels for AVX-512's
-    bfloat16; answers, the image's gradient, and convolutions of 2D images are right). Most such images are small.
+    There parts of the weights' gradient may hold whatever was in memory before (torch 2.13, oneDNN's kernels for
+    AVX-512's bfloat16; answers and the image's gradient are right). Most such images are small.
     """
+
+    def forward(self, image: Tensor) -> Tensor:
+        """The convolution, in float32 where bfloat16 is not safe."""
+        if not _is_unsafe(image, self.kernel_size):
+            return super().forward(image)
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(image.float())
+
+
+class SafeConv2d(nn.Conv2d):
+    """A convolution of slices with the care of `SafeConv3d`."""
 
     def forward(self, image: Tensor) -> Tensor:
         """The convolution, in float32 where bfloat16 is not safe."""
@@ -153,10 +162,19 @@ class SafeConvTranspose3d(nn.ConvTranspose3d):
             return super().forward(image.float(), output_size)
 
 
+SAFE: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv2d: SafeConv2d,
+    nn.Conv3d: SafeConv3d,
+    nn.ConvTranspose3d: SafeConvTranspose3d,
+}
+"""What takes the place of what in a training on a CPU."""
+
+
 def _is_unsafe(image: Tensor, kernel_size: tuple[int, ...]) -> bool:
     """Whether gradients will be wanted of a convolution in reduced precision of so few voxels."""
     is_reduced = torch.is_grad_enabled() and torch.is_autocast_enabled("cpu")
-    return is_reduced and any(n < kernel for n, kernel in zip(image.shape[-3:], kernel_size, strict=True))
+    size = image.shape[-len(kernel_size) :]
+    return is_reduced and any(n < kernel for n, kernel in zip(size, kernel_size, strict=True))
 
 
 class OneSlopePReLU(nn.PReLU):
