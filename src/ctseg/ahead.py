@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import threading
 from collections.abc import Iterator
@@ -80,11 +81,12 @@ class UnpackedAhead:
         num_bytes = 0
         try:
             while num_bytes < MAX_BYTES and not self._has_enough:
-                chunk = self._unpacked.read(_CHUNK_BYTES)
-                if not chunk:
+                chunk = memoryview(mmap.mmap(-1, _CHUNK_BYTES))  # which the system has back as soon as it is gone
+                count = self._unpacked.readinto(chunk)
+                if not count:
                     return
-                self._chunks.append(memoryview(chunk))
-                num_bytes += len(chunk)
+                self._chunks.append(chunk[:count])
+                num_bytes += count
         except Exception as error:  # igzip's own among them: whoever reads that far is told
             self._error = error
 
