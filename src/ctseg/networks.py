@@ -113,7 +113,7 @@ def tune_for_training(network: nn.Module, device: torch.device) -> nn.Module:
     """The network with the same answers and gradients, faster and safer on a CPU; weights and their names stay.
 
     PyTorch's gradient of a PReLU takes a fifth of a UNet's training step there, and that of a convolution's weights may
-    be wrong in bfloat16, see `SafeConv3d`.
+    be wrong in bfloat16, see `_Safe`.
     """
     if device.type != "cpu":
         return network
@@ -125,41 +125,34 @@ def tune_for_training(network: nn.Module, device: torch.device) -> nn.Module:
     return network
 
 
-class SafeConv3d(nn.Conv3d):
+class _Safe(nn.Module):
     """A convolution that leaves bfloat16 where an axis of the image is shorter than its kernel.
 
     There parts of the weights' gradient may hold whatever was in memory before (torch 2.13, oneDNN's kernels for
     AVX-512's bfloat16; answers and the image's gradient are right). Most such images are small.
     """
 
-    def forward(self, image: Tensor) -> Tensor:
+    kernel_size: tuple[int, ...]
+
+    def forward(self, image: Tensor, *more: Any) -> Tensor:
         """The convolution, in float32 where bfloat16 is not safe."""
+        convolve: Callable[..., Tensor] = super().forward
         if not _is_unsafe(image, self.kernel_size):
-            return super().forward(image)
+            return convolve(image, *more)
         with torch.autocast("cpu", enabled=False):
-            return super().forward(image.float())
+            return convolve(image.float(), *more)
 
 
-class SafeConv2d(nn.Conv2d):
-    """A convolution of slices with the care of `SafeConv3d`."""
-
-    def forward(self, image: Tensor) -> Tensor:
-        """The convolution, in float32 where bfloat16 is not safe."""
-        if not _is_unsafe(image, self.kernel_size):
-            return super().forward(image)
-        with torch.autocast("cpu", enabled=False):
-            return super().forward(image.float())
+class SafeConv2d(_Safe, nn.Conv2d):
+    """See `_Safe`."""
 
 
-class SafeConvTranspose3d(nn.ConvTranspose3d):
-    """A transposed convolution with the care of `SafeConv3d`."""
+class SafeConv3d(_Safe, nn.Conv3d):
+    """See `_Safe`."""
 
-    def forward(self, image: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """The transposed convolution, in float32 where bfloat16 is not safe."""
-        if not _is_unsafe(image, self.kernel_size):
-            return super().forward(image, output_size)
-        with torch.autocast("cpu", enabled=False):
-            return super().forward(image.float(), output_size)
+
+class SafeConvTranspose3d(_Safe, nn.ConvTranspose3d):
+    """See `_Safe`."""
 
 
 SAFE: dict[type[nn.Module], type[nn.Module]] = {

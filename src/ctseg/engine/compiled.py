@@ -97,7 +97,7 @@ def compiled_network(
     in_float32 = replace(runtime, precision="float32")
     if not _is_kept(sha256, in_float32, backend):
         compiled = _open(sha256, folded, in_float32, backend)
-        if not can_keep():
+        if not can_keep():  # else it is loaded again once it is used, as in later runs, whose memory is measured now
             return replace(found, exact=compiled.forward)
     return replace(found, exact=_once_used(lambda: _open(sha256, fold, in_float32, backend).forward))
 

@@ -36,7 +36,7 @@ from ctseg.engine.ladder import logits_within_memory, prepared_within_memory
 from ctseg.engine.model import Model
 from ctseg.engine.rounding import MOST_SHARE, Rounding
 from ctseg.engine.runtime import memory_errors
-from ctseg.engine.windows import Start, average, window_starts
+from ctseg.engine.windows import Start, average, box_of, window_starts
 from ctseg.preprocess import Prepared, restore, slabs_of
 from ctseg.specs import Inference
 from ctseg.volume import Geometry, PlaneStream, Volume, orientation_to_ras
@@ -267,12 +267,13 @@ class _Grid:
 
     def add(self, start: Start, logits_CXYZ: Array, instead_of_CXYZ: Array | None = None) -> None:
         """Adds a window's logits, perhaps in place of others of it; what lies on a disk leaves the memory."""
-        to_x, to_y, to_z = (slice(s, s + n) for s, n in zip(start, self.held, strict=True))
-        self.total_CXYZ[..., to_x, to_y, to_z] += logits_CXYZ
+        x, y, z = box_of(start, self.held)
+        total_CXYZ = self.total_CXYZ[:, x, y, z]
+        total_CXYZ += logits_CXYZ
         if instead_of_CXYZ is not None:
-            self.total_CXYZ[..., to_x, to_y, to_z] -= instead_of_CXYZ
-        release_array(self._image_XYZ[to_x, to_y, to_z])
-        release_array(self.total_CXYZ[..., to_x, to_y, to_z])
+            total_CXYZ -= instead_of_CXYZ
+        release_array(self._image_XYZ[x, y, z])
+        release_array(total_CXYZ)
 
 
 def _settle_rounding(

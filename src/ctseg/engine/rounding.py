@@ -15,7 +15,7 @@ from array_api_compat import device
 from numpy.typing import NDArray
 
 from ctseg.arrays import Array, array_namespace, to_numpy, to_work_on
-from ctseg.engine.windows import Blocks, Start, close_and_found, leads
+from ctseg.engine.windows import Blocks, Start, box_of, close_and_found, leads
 from ctseg.preprocess import slabs_of
 
 NEAR_LOGIT = 0.2
@@ -66,7 +66,7 @@ class Rounding:
         Those of voxels that are near a tie in the total count, for each structure by itself.
         """
         self._num_shown += 1
-        x, y, z = (slice(start, start + n) for start, n in zip(window, self._blocks.held, strict=True))
+        x, y, z = box_of(window, self._blocks.held)
         total_CXYZ, bounds_1XYZ = self._total_CXYZ[:, x, y, z], self._bounds_of(window)
         xp = array_namespace(total_CXYZ)
         for slab in slabs_of(total_CXYZ):

@@ -41,6 +41,12 @@ def _starts_along(length: int, window: int, overlap: float) -> list[int]:
     return [min(n * step, length - window) for n in range(number)]
 
 
+def box_of(start: Start, held: Start) -> Box:
+    """What a window holds of the grid."""
+    x, y, z = (slice(first, first + n) for first, n in zip(start, held, strict=True))
+    return x, y, z
+
+
 def average(total_CXYZ: Array, done: Sequence[Start], held: Start) -> None:
     """Divides a sum of logits by the number of windows at each voxel, in place; any windows that cover the grid."""
     values_CXYZ, blocks = to_work_on(total_CXYZ), Blocks(done, held)

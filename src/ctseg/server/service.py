@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -175,7 +176,9 @@ class Service:
 
         def work(check: Callable[[], None]) -> NDArray[np.uint8]:
             volume = self.volume(image)  # read only now: those who wait are many
-            return predict(served.model, volume, lambda *_: check(), note=lambda told: _tell(served, told))
+            return predict(
+                served.model, volume, lambda *_: check(), note=partial(LOG.warning, "model %s: %s", served.name)
+            )
 
         return await self._run(request, work, geometry)
 
@@ -243,10 +246,6 @@ def open_service(settings: Settings, models: Sequence[tuple[str, Model]]) -> Ser
         cache=ByteCache(settings.cache_bytes),
         scratch=Path(tempfile.mkdtemp(prefix="ctseg-serve-")),
     )
-
-
-def _tell(served: Served, told: str) -> None:
-    LOG.warning("model %s: %s", served.name, told)
 
 
 def _remove(upload: Upload) -> None:
