@@ -156,6 +156,14 @@ def test_run_without_its_list_uses_the_recipes(cli: Callable[..., Any], run: Pat
     assert not (tmp_path / run / "validation-testing").exists()
 
 
+def test_a_model_that_is_refused_leaves_no_folder(cli: Callable[..., Any], tiny_data: Path, tmp_path: Path):
+    (tmp_path / "bad.pt").write_bytes(b"x")
+    result = cli("validate", "--model", "bad.pt", "--manifest", tiny_data, "--output", "scores/of/bad")
+    assert result.code == 2
+    assert result.message.startswith("checkpoint 'bad.pt': ")
+    assert not (tmp_path / "scores").exists()
+
+
 def test_table_of_lesions(cli: Callable[..., Any], run: Path, tiny_manifest: Manifest, tmp_path: Path):
     """A recipe with a lesions table, here the tiny one with random weights, prints what `summary.json` holds."""
     checkpoint = torch.load(tmp_path / run / "best.pt", weights_only=True)

@@ -20,7 +20,7 @@ from ctseg.commands.common import (
     score_table,
 )
 from ctseg.errors import CasesFailed, CtsegError
-from ctseg.files import make_folder
+from ctseg.files import folder_if_used
 from ctseg.manifest import SPLITS, Manifest, read_manifest
 from ctseg.progress import make_progress
 from ctseg.recipe import Recipe
@@ -68,7 +68,7 @@ def validate(
     target = output or (run_of(path) or Path()) / f"validation-{split}{'-fast' if fast else ''}"
     with make_progress(quiet) as progress:
         found = _find_cases(path, manifest, data, split, progress)
-        make_folder(target)
+    with folder_if_used(target), make_progress(quiet) as progress:
         from ctseg.engine.click_evaluate import evaluate_clicks, write_click_evaluation
         from ctseg.engine.evaluate import evaluate, write_evaluation
         from ctseg.engine.model import fast_in_bfloat16, load_model
