@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 LIBRARY = "openvino"
 PRECISIONS: tuple[str, ...] = ("float32", "bfloat16")
 HINTS = {"float32": "f32", "bfloat16": "bf16"}
+LEAST_CHANNELS = {"float32": 32, "bfloat16": 64}
+"""Of convolutions that are rewritten, see `ctseg.engine.backends.winograd`: in bfloat16 fewer would round too much."""
 CONVERTER = "openvino.tools.ovc"
 """What turns models' files into OpenVINO's; the package imports it if it can."""
 _IMPORTING, _LOADING = threading.Lock(), threading.Lock()
@@ -35,6 +37,7 @@ def compile_network(network: nn.Module, window: Window, runtime: Runtime) -> byt
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
     from ctseg.engine.backends.torchscript import trace
+    from ctseg.engine.backends.winograd import use_winograd
     from ctseg.norms import with_channelwise_group_norms
 
     network = with_channelwise_group_norms(network)
@@ -43,6 +46,7 @@ def compile_network(network: nn.Module, window: Window, runtime: Runtime) -> byt
     decoder = TorchScriptPythonDecoder(trace(network, window, torch.contiguous_format))  # must outlive the conversion
     model = frontend.convert(frontend.load(decoder))
     model.reshape(list(example_of(network, window).shape))
+    use_winograd(model, LEAST_CHANNELS[runtime.precision])
     compiled = core.compile_model(model, "CPU", _settings(runtime))
     content: bytes = compiled.export_model().getvalue()
     return content
