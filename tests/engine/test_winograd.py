@@ -22,6 +22,7 @@ Array = NDArray[np.float32]
 @pytest.fixture(autouse=True)
 def small_convolutions_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(winograd, "LEAST_PRODUCTS", 0)
+    monkeypatch.setattr(winograd, "LEAST_CHANNELS", 1)
 
 
 def made(*shape: int) -> Array:
@@ -68,7 +69,7 @@ def test_the_answer_is_the_convolution(num_planes: int, part_planes: int, monkey
     monkeypatch.setattr(winograd, "PART_VALUES", part_planes * 5 * 6 * 7)
     image, weight, bias = made(1, 3, num_planes, 6, 7), made(5, 3, 3, 3, 3), made(5)
     model = model_of(image, weight, bias)
-    assert winograd.use_winograd(model, 3) == 1
+    assert winograd.use_winograd(model) == 1
     kernels = [
         list(n.input_value(1).get_shape()) for n in model.get_ordered_ops() if n.get_type_name() == "Convolution"
     ]
@@ -82,7 +83,7 @@ def test_the_answer_is_the_convolution(num_planes: int, part_planes: int, monkey
 def test_along_the_other_axes_a_kernel_may_be_anything(kernel: tuple[int, ...], padding: tuple[int, ...]) -> None:
     image, weight = made(1, 4, 8, 6, 7), made(4, 4, *kernel)
     model = model_of(image, weight, pads_begin=list(padding), pads_end=list(padding))
-    assert winograd.use_winograd(model, 4) == 1
+    assert winograd.use_winograd(model) == 1
     np.testing.assert_allclose(run(model, image), wanted(image, weight, padding=padding), rtol=1e-5, atol=1e-4)
 
 
@@ -94,7 +95,7 @@ def test_a_kernel_of_one_tap_moves_the_planes(tap: int) -> None:
     weight = np.zeros((1, 1, 3, 1, 1), np.float32)
     weight[0, 0, tap] = 1
     model = model_of(image, weight, pads_begin=[1, 0, 0], pads_end=[1, 0, 0])
-    assert winograd.use_winograd(model, 1) == 1
+    assert winograd.use_winograd(model) == 1
     padded = np.array([0.0, *planes, 0.0])
     np.testing.assert_allclose(run(model, image)[0, 0, :, 1, 0], 2 * padded[tap : tap + 12], atol=1e-4)
 
@@ -118,18 +119,17 @@ def test_what_the_algorithm_is_not_for_stays(
     image, weight = made(1, 4, *size), made(4, 4, *kernel)
     model = model_of(image, weight, **options)
     before = run(model, image)
-    assert winograd.use_winograd(model, 4) == 0
+    assert winograd.use_winograd(model) == 0
     np.testing.assert_array_equal(run(model, image), before)
 
 
 def test_few_channels_or_products_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    image, weight = made(1, 4, 8, 6, 7), made(5, 4, 3, 3, 3)
-    assert winograd.use_winograd(model_of(image, weight), 5) == 0
+    image, weight = made(1, 6, 8, 6, 7), made(3, 6, 3, 3, 3)
     products = weight.size * 8 * 6 * 7
-    monkeypatch.setattr(winograd, "LEAST_PRODUCTS", products + 1)
-    assert winograd.use_winograd(model_of(image, weight), 4) == 0
-    monkeypatch.setattr(winograd, "LEAST_PRODUCTS", products)
-    assert winograd.use_winograd(model_of(image, weight), 4) == 1
+    for channels, least_products, rewritten in ((4, 0, 1), (4.01, 0, 0), (1, products, 1), (1, products + 1, 0)):
+        monkeypatch.setattr(winograd, "LEAST_CHANNELS", channels)
+        monkeypatch.setattr(winograd, "LEAST_PRODUCTS", least_products)
+        assert winograd.use_winograd(model_of(image, weight)) == rewritten
 
 
 class Residual(nn.Module):
@@ -149,10 +149,20 @@ class Residual(nn.Module):
         return after
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.02)])
-def test_a_compiled_network_uses_it(
-    precision: str, tolerance: float, cpu: Runtime, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("precision", "flags", "number"),
+    [
+        ("float32", {"avx2"}, [2]),
+        ("bfloat16", {"avx2", "avx512_bf16"}, [2]),
+        ("float32", {"avx2", "amx_bf16"}, [2]),
+        ("bfloat16", {"avx2", "amx_bf16"}, []),
+        ("float32", {"asimd"}, []),
+    ],
+)
+def test_a_compiled_network_uses_it_where_products_are_slow(
+    precision: str, flags: set[str], number: list[int], cpu: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(openvino, "cpu_flags", lambda: flags)
     rewritten: list[int] = []
     use_winograd = winograd.use_winograd
     monkeypatch.setattr(winograd, "use_winograd", lambda *a: rewritten.append(use_winograd(*a)))
@@ -162,5 +172,6 @@ def test_a_compiled_network_uses_it(
     with torch.inference_mode():
         eager = network(image)
     forward = openvino.load(openvino.compile_network(network, window, runtime), window, runtime)
-    assert rewritten == [2]
+    assert rewritten == number
+    tolerance = {"float32": 1e-5, "bfloat16": 0.02}[precision]
     assert float((forward(image) - eager).abs().max()) <= tolerance * float(eager.abs().max())

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ctseg.engine.backends import Forward, Window, example_of, on_host, one_by_one
 from ctseg.engine.cache import Bytes
+from ctseg.engine.process import cpu_flags
 from ctseg.engine.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 LIBRARY = "openvino"
 PRECISIONS: tuple[str, ...] = ("float32", "bfloat16")
 HINTS = {"float32": "f32", "bfloat16": "bf16"}
-LEAST_CHANNELS = {"float32": 32, "bfloat16": 64}
-"""Of convolutions that are rewritten, see `ctseg.engine.backends.winograd`: in bfloat16 fewer would round too much."""
 CONVERTER = "openvino.tools.ovc"
 """What turns models' files into OpenVINO's; the package imports it if it can."""
 _IMPORTING, _LOADING = threading.Lock(), threading.Lock()
@@ -46,7 +45,8 @@ def compile_network(network: nn.Module, window: Window, runtime: Runtime) -> byt
     decoder = TorchScriptPythonDecoder(trace(network, window, torch.contiguous_format))  # must outlive the conversion
     model = frontend.convert(frontend.load(decoder))
     model.reshape(list(example_of(network, window).shape))
-    use_winograd(model, LEAST_CHANNELS[runtime.precision])
+    if _has_slow_products(runtime):
+        use_winograd(model)
     compiled = core.compile_model(model, "CPU", _settings(runtime))
     content: bytes = compiled.export_model().getvalue()
     return content
@@ -63,6 +63,11 @@ def load(content: Bytes, window: Window, runtime: Runtime) -> Forward:
         return np.asarray(logits)
 
     return one_by_one(on_host(run), window)
+
+
+def _has_slow_products(runtime: Runtime) -> bool:
+    """Whether this CPU spends its time on products rather than on memory, as far as is known: not on AMX's tiles."""
+    return "avx2" in cpu_flags() and not (runtime.precision == "bfloat16" and "amx_bf16" in cpu_flags())
 
 
 def _settings(runtime: Runtime) -> dict[str, Any]:

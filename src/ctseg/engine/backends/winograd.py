@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+import statistics
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -26,8 +27,11 @@ POINTS = (2 / 3, 3 / 2)
 
 In bfloat16 these round 0.7 times as much as the usual 1 and 2; of all pairs hardly any rounds less.
 """
-LEAST_PRODUCTS = 5e9
-"""Of a convolution that is rewritten: smaller ones were not faster."""
+LEAST_CHANNELS, LEAST_PRODUCTS = 40, 5e9
+"""Of a convolution that is rewritten; the channels are the harmonic mean of the input's and the output's.
+
+Smaller ones are not faster, and 32 channels to 32 hardly are: their sums take long, and round most in bfloat16.
+"""
 PART_VALUES = 2_200_000
 """Of a sum of planes, at most: what lies between the image and the answer is to stay in a CPU's cache."""
 PLANES = 2
@@ -36,17 +40,12 @@ PLANES = 2
 Matrix: TypeAlias = NDArray[np.float64]
 
 
-def use_winograd(model: Any, least_channels: int) -> int:
-    """Rewrites the large convolutions of an OpenVINO model; it computes the same to rounding.
+def use_winograd(model: Any) -> int:
+    """Rewrites the large convolutions of an OpenVINO model of static shapes, and returns how many there were.
 
-    Args:
-        model: Its shapes are static.
-        least_channels: Of the input and the output of a convolution that is rewritten.
-
-    Returns:
-        How many were rewritten.
+    The model computes the same to rounding.
     """
-    found = [node for node in model.get_ordered_ops() if _suits(node, least_channels)]
+    found = [node for node in model.get_ordered_ops() if _suits(node)]
     for node in found:
         _rewrite(node)
     return len(found)
@@ -72,7 +71,7 @@ def matrices() -> tuple[Matrix, Matrix, Matrix]:
     return of_inputs, of_taps, of_products
 
 
-def _suits(node: Any, least_channels: int) -> bool:
+def _suits(node: Any) -> bool:
     """Whether it is a convolution of three planes each to one, which keeps their number, and large enough."""
     if node.get_type_name() != "Convolution" or node.input_value(1).get_node().get_type_name() != "Constant":
         return False
@@ -83,7 +82,7 @@ def _suits(node: Any, least_channels: int) -> bool:
         and about["pads_begin"][0] == about["pads_end"][0] == 1
         and set(about["strides"]) == set(about["dilations"]) == {1}
         and answer[PLANES] % OUTPUTS == 0
-        and min(kernel[:PLANES]) >= least_channels
+        and statistics.harmonic_mean(kernel[:PLANES]) >= LEAST_CHANNELS
         and math.prod(kernel) * math.prod(answer[PLANES:]) >= LEAST_PRODUCTS
     )
 
