@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from ctseg.engine.compiled import is_installed
 from ctseg.files import write_json
 from ctseg.io.images import read_labels, write_labels
 from ctseg.manifest import Case, Manifest
@@ -61,7 +62,7 @@ def test_scores_are_those_of_the_written_masks(
 
 def test_fast_has_tables_of_its_own(cli: Callable[..., Any], run: Path, tiny_manifest: Manifest, tmp_path: Path):
     case = case_of(tiny_manifest, "testing")
-    result = cli("validate", "--fast", "--json")
+    result = cli("validate", "--fast", "--json", "--backend", "torch")
     cli("infer", case.image, "--output", "masks", "--fast", "--backend", "torch")
     assert result.code == 0
     assert ", fast\n" in result.err
@@ -70,6 +71,35 @@ def test_fast_has_tables_of_its_own(cli: Callable[..., Any], run: Path, tiny_man
     mask = read_labels(tmp_path / "masks" / f"{case.name}_seg.nii.gz").array > 0
     inside = read_labels(case.label).array > 0
     assert answer["scores"][0]["dice"] == pytest.approx(2 * (mask & inside).sum() / (mask.sum() + inside.sum()))
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "torch",
+        "onnxruntime",
+        pytest.param(
+            "openvino",
+            marks=pytest.mark.skipif(not is_installed("openvino"), reason="needs pip install 'ctseg[openvino]'"),
+        ),
+    ],
+)
+@pytest.mark.usefixtures("run")
+def test_every_backend_has_the_same_scores(cli: Callable[..., Any], backend: str):
+    """In float32 they differ in rounding alone."""
+    result = cli("validate", "--json", "--backend", backend, "--device", "cpu")
+    assert f" on cpu ({torch.get_num_threads()} threads), float32, {backend}\n" in result.err
+    dice = json.loads(result.out)["mean_dice"]
+    assert dice == pytest.approx(json.loads(cli("validate", "--json", "--device", "cpu").out)["mean_dice"], abs=1e-3)
+
+
+def test_a_backend_that_cannot_be_had_is_refused_before_anything_is_written(
+    cli: Callable[..., Any], run: Path, tmp_path: Path
+):
+    result = cli("validate", "--backend", "onnxruntime", "--precision", "bfloat16", "--device", "cpu")
+    assert result.code == 2
+    assert "backend 'onnxruntime': has no bfloat16; choose --precision float32" in result.err
+    assert not (tmp_path / run / "validation-testing").exists()
 
 
 def test_table_for_people(cli: Callable[..., Any], run: Path, tiny_manifest: Manifest, tmp_path: Path):

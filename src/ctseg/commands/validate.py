@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ctseg.commands.common import (
+    BackendOption,
     DataOption,
     DeviceOption,
     FastFlag,
@@ -54,6 +55,7 @@ def validate(
     seed: SeedOption = None,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
+    backend: BackendOption = "auto",
     fast: FastFlag = False,
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
@@ -74,9 +76,9 @@ def validate(
         from ctseg.engine.model import fast_in_bfloat16, load_model
         from ctseg.engine.runtime import running
 
-        with running(device, precision, amp=True, fast=fast and fast_in_bfloat16(path)) as runtime:
-            loaded = load_model(path, runtime, exact=not fast)
-            progress.note(f"model {path} on {runtime.describe()}{', fast' if fast else ''}")
+        with running(device, precision, amp=True, fast=fast and fast_in_bfloat16(path, backend)) as runtime:
+            loaded = load_model(path, runtime, backend, progress.note, exact=not fast)
+            progress.note(f"model {path} on {runtime.describe()}, {loaded.backend}{', fast' if fast else ''}")
             _check_click_options(loaded.recipe, clicks, seed, overlays=overlays, fast=fast)
             listed = found or find_data(loaded.recipe.data.manifest, data, progress)
             cases = listed.split(split)

@@ -79,11 +79,11 @@ def compiled_network(
     check_backend(backend, runtime)
 
     def fold() -> tuple[Recipe, nn.Module]:
-        note("first run of this model here: its network is compiled, later runs start faster")
         from ctseg.networks import fold_for_inference
         from ctseg.phases import finest_level_in_phases
 
         recipe, network = source()
+        note("first run of this model here: its network is compiled, later runs start faster")
         return recipe, finest_level_in_phases(fold_for_inference(network))
 
     folded = functools.cache(fold)
