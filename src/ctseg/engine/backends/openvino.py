@@ -45,7 +45,7 @@ def compile_network(network: nn.Module, window: Window, runtime: Runtime) -> byt
     decoder = TorchScriptPythonDecoder(trace(network, window, torch.contiguous_format))  # must outlive the conversion
     model = frontend.convert(frontend.load(decoder))
     model.reshape(list(example_of(network, window).shape))
-    if _has_slow_products(runtime):
+    if winograd_pays(runtime):
         use_winograd(model)
     compiled = core.compile_model(model, "CPU", _settings(runtime))
     content: bytes = compiled.export_model().getvalue()
@@ -65,8 +65,8 @@ def load(content: Bytes, window: Window, runtime: Runtime) -> Forward:
     return one_by_one(on_host(run), window)
 
 
-def _has_slow_products(runtime: Runtime) -> bool:
-    """Whether this CPU spends its time on products rather than on memory, as far as is known: not on AMX's tiles."""
+def winograd_pays(runtime: Runtime) -> bool:
+    """Whether halving the products is worth the sums: not known of other CPUs, and AMX's products are cheap."""
     return "avx2" in cpu_flags() and not (runtime.precision == "bfloat16" and "amx_bf16" in cpu_flags())
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -33,7 +33,7 @@ LEAST_CHANNELS, LEAST_PRODUCTS = 40, 5e9
 Smaller ones are not faster, and 32 channels to 32 hardly are: their sums take long, and round most in bfloat16.
 """
 PART_VALUES = 2_200_000
-"""Of a sum of planes, at most: what lies between the image and the answer is to stay in a CPU's cache."""
+"""Of a sum of planes, if that is not a single one: what lies between image and answer is to stay in a CPU's cache."""
 PLANES = 2
 """The axis of an image [B, C, X, Y, Z] that its planes are counted along."""
 
@@ -41,9 +41,9 @@ Matrix: TypeAlias = NDArray[np.float64]
 
 
 def use_winograd(model: Any) -> int:
-    """Rewrites the large convolutions of an OpenVINO model of static shapes, and returns how many there were.
+    """Rewrites the large convolutions of an OpenVINO model, and returns how many there were.
 
-    The model computes the same to rounding.
+    The model computes the same to rounding. Only what has static shapes and constant weights is rewritten.
     """
     found = [node for node in model.get_ordered_ops() if _suits(node)]
     for node in found:
@@ -72,8 +72,10 @@ def matrices() -> tuple[Matrix, Matrix, Matrix]:
 
 
 def _suits(node: Any) -> bool:
-    """Whether it is a convolution of three planes each to one, which keeps their number, and large enough."""
+    """Whether it is a large convolution whose kernel has three planes, with stride 1 and padding 1 across them."""
     if node.get_type_name() != "Convolution" or node.input_value(1).get_node().get_type_name() != "Constant":
+        return False
+    if not (node.get_input_partial_shape(0).is_static and node.get_output_partial_shape(0).is_static):
         return False
     about, kernel, answer = node.get_attributes(), list(node.input_value(1).get_shape()), list(node.get_output_shape(0))
     return (
@@ -82,9 +84,15 @@ def _suits(node: Any) -> bool:
         and about["pads_begin"][0] == about["pads_end"][0] == 1
         and set(about["strides"]) == set(about["dilations"]) == {1}
         and answer[PLANES] % OUTPUTS == 0
-        and statistics.harmonic_mean(kernel[:PLANES]) >= LEAST_CHANNELS
+        and statistics.harmonic_mean(_channels(node)) >= LEAST_CHANNELS
         and math.prod(kernel) * math.prod(answer[PLANES:]) >= LEAST_PRODUCTS
     )
+
+
+def _channels(node: Any) -> tuple[int, int]:
+    """Of a convolution's output and input."""
+    out_channels, in_channels, *_ = (int(n) for n in node.input_value(1).get_shape())
+    return out_channels, in_channels
 
 
 def _rewrite(node: Any) -> None:
@@ -93,24 +101,15 @@ def _rewrite(node: Any) -> None:
 
     last, bias = _with_bias(node)
     readers = list(last.output(0).get_target_inputs())
-    of_inputs, of_taps, of_products = matrices()
-    image, num_planes, at_once = node.input_value(0), int(node.get_output_shape(0)[PLANES]), _outputs_at_once(node)
-    kernels = np.einsum("kt,oityz->koiyz", of_taps, node.input_value(1).get_node().data.astype(np.float64))
-    weights = [ops.constant(np.ascontiguousarray(kernel[:, :, None], np.float32)) for kernel in kernels]
-    begin, end = ([0, *list(node.get_attributes()[name])[1:]] for name in ("pads_begin", "pads_end"))
-    zeros = ops.constant(np.zeros((1, kernels.shape[2], 1, *list(image.get_shape())[3:]), np.float32))
+    convolve, image = _convolutions(node), node.input_value(0)
+    batch, channels, num_planes, *plane = (int(n) for n in image.get_shape())
+    zeros = ops.constant(np.zeros((batch, channels, 1, *plane), np.float32))
+    most = max(1, PART_VALUES // (max(_channels(node)) * math.prod(plane)))
     answer: list[Any] = []
-    for first in range(0, num_planes, OUTPUTS * at_once):
-        inputs = [_every_fourth(image, zeros, first + n - 1, at_once) for n in range(INPUTS)]
-        products = [
-            ops.convolution(planes, weight, [1, 1, 1], begin, end, [1, 1, 1])
-            for planes, weight in zip(_sums(of_inputs, inputs), weights, strict=True)
-        ]
-        outputs = _sums(of_products, products)
-        if bias is not None:
-            outputs = [ops.add(output, ops.constant(bias)) for output in outputs]
-        planes_of = [ops.split(output, np.int64(PLANES), at_once).outputs() for output in outputs]
-        answer += [planes_of[n][place] for place in range(at_once) for n in range(OUTPUTS)]
+    for first in range(0, num_planes, OUTPUTS * most):
+        number = min(most, (num_planes - first) // OUTPUTS)
+        inputs = [_every_fourth(image, zeros, first + n - 1, number) for n in range(INPUTS)]
+        answer += _part(inputs, convolve, bias, number)
     whole = ops.concat(answer, PLANES)
     for reader in readers:
         reader.replace_source_output(whole.output(0))
@@ -122,17 +121,39 @@ def _with_bias(node: Any) -> tuple[Any, NDArray[np.float32] | None]:
     after = readers[0].get_node() if len(readers) == 1 else None
     if after is None or after.get_type_name() != "Add":
         return node, None
-    added = after.input_value(1).get_node()
-    is_bias = list(added.get_output_shape(0)) == [1, int(node.get_output_shape(0)[1]), 1, 1, 1]
-    return (after, added.data) if is_bias and added.get_type_name() == "Constant" else (node, None)
+    added, of_channels = after.input_value(1).get_node(), [1, _channels(node)[0], 1, 1, 1]
+    is_bias = added.get_type_name() == "Constant" and list(added.get_output_shape(0)) == of_channels
+    return (after, added.data) if is_bias else (node, None)
 
 
-def _outputs_at_once(node: Any) -> int:
-    """How many planes of each of the four outputs are computed in one part: a divisor of their number."""
-    _, _, num_planes, *plane = (int(n) for n in node.get_output_shape(0))
-    values = max(int(n) for n in list(node.input_value(1).get_shape())[:PLANES]) * math.prod(plane)
-    number = num_planes // OUTPUTS
-    return max(n for n in range(1, number + 1) if number % n == 0 and (n == 1 or n * values <= PART_VALUES))
+def _convolutions(node: Any) -> list[Callable[[Any], Any]]:
+    """What each sum of inputs goes through: a convolution within planes, whose kernel is a sum of the taps."""
+    from openvino import opset13 as ops
+
+    _, of_taps, _ = matrices()
+    kernels = np.einsum("kt,oityz->koiyz", of_taps, node.input_value(1).get_node().data.astype(np.float64))
+    begin, end = ([0, *node.get_attributes()[name][1:]] for name in ("pads_begin", "pads_end"))
+
+    def convolution(kernel_OIYZ: Matrix) -> Callable[[Any], Any]:
+        weight = ops.constant(np.ascontiguousarray(kernel_OIYZ[:, :, None], np.float32))
+        return lambda planes: ops.convolution(planes, weight, [1, 1, 1], begin, end, [1, 1, 1])
+
+    return [convolution(kernel) for kernel in kernels]
+
+
+def _part(
+    inputs: list[Any], convolve: list[Callable[[Any], Any]], bias: NDArray[np.float32] | None, number: int
+) -> list[Any]:
+    """Four times that many planes of the answer, in their order."""
+    from openvino import opset13 as ops
+
+    of_inputs, _, of_products = matrices()
+    products = [run(planes) for run, planes in zip(convolve, _sums(of_inputs, inputs), strict=True)]
+    outputs = _sums(of_products, products)
+    if bias is not None:
+        outputs = [ops.add(output, ops.constant(bias)) for output in outputs]
+    planes_of = [ops.split(output, np.int64(PLANES), number).outputs() for output in outputs]
+    return [planes_of[n][place] for place in range(number) for n in range(OUTPUTS)]
 
 
 def _every_fourth(image: Any, zeros: Any, first: int, number: int) -> Any:
