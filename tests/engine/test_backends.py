@@ -69,6 +69,26 @@ def pairs() -> Iterator[object]:
         yield pytest.param(*backend.values, name, id=f"{backend.id}-{name}", marks=marks)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
+def test_the_order_of_memory_changes_nothing(
+    backend: Backend,
+    order: tuple[int, int, int],
+    made_network: Callable[[str], tuple[Recipe, nn.Module]],
+    cpu: Runtime,
+) -> None:
+    """A window is a part of a CT, whose axes may lie in memory in any order."""
+    size, (_, network) = NETWORKS["unet"][2], made_network("unet")
+    image = windows(size)
+    with torch.inference_mode():
+        wanted = network(image)
+    larger = torch.zeros([size[axis] + 3 for axis in order]).permute(*(order.index(axis) for axis in range(3)))
+    window = larger[1:-2, 2:-1, 3:]
+    window.copy_(image[0, 0])
+    forward = backend.load(backend.compile_network(network, size, cpu), size, cpu)
+    torch.testing.assert_close(forward(window[None, None]), wanted, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(("backend", "name"), list(pairs()))
 def test_float32_is_the_eager_networks_answer(
     backend: Backend, name: str, made_network: Callable[[str], tuple[Recipe, nn.Module]], cpu: Runtime
