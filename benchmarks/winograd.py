@@ -18,11 +18,11 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+import phases
 from ctseg.engine.backends import Forward, openvino
 from ctseg.engine.runtime import Runtime, start_runtime
 from ctseg.networks import fold_for_inference, network_for
 from ctseg.recipe import Recipe, load_recipe
-from phases import PRECISIONS, timed
 from timing import machine, ratios, spread
 
 WAYS = {"plain": False, "winograd": True}
@@ -37,10 +37,8 @@ def make_network(recipe: Recipe) -> nn.Module:
 
 def compiled(recipe: Recipe, way: str, runtime: Runtime) -> Forward:
     """The recipe's network as OpenVINO runs it."""
-    window = recipe.inference.window_size
     with mock.patch.object(openvino, "winograd_pays", return_value=WAYS[way]):
-        content = openvino.compile_network(make_network(recipe), window, runtime)
-    return openvino.load(content, window, runtime)
+        return phases.compiled("openvino", make_network(recipe), recipe.inference.window_size, runtime)
 
 
 def differences(logits: Tensor, wanted: Tensor) -> tuple[float, float]:
@@ -65,12 +63,11 @@ def main() -> None:
             wanted = make_network(recipe)(image)
         print(f"\n{name}, window {' x '.join(map(str, shape[2:]))}")
         print(f"{'':20}{'seconds':>24}{'CPU seconds':>24}{'ratio':>7}  difference, rms")
-        for precision in PRECISIONS:
+        for precision in phases.PRECISIONS:
             forwards = {way: compiled(recipe, way, replace(cpu, precision=precision)) for way in WAYS}
             far = {way: differences(forward(image), wanted) for way, forward in forwards.items()}
-            taken = [
-                {way: timed(forward, image) for way, forward in forwards.items()} for _ in range(options.repetitions)
-            ]
+            rounds = range(options.repetitions)
+            taken = [{way: phases.timed(forward, image) for way, forward in forwards.items()} for _ in rounds]
             for way in WAYS:
                 wall, own = ([one[way][n] for one in taken] for n in (0, 1))
                 faster = statistics.median(ratios([one["plain"][0] for one in taken], wall))

@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 from ctseg.arrays import to_numpy
 from ctseg.engine.backends import openvino
-from ctseg.engine.compiled import is_installed
 from ctseg.engine.runtime import Runtime
 from ctseg.networks import network_for
 from ctseg.norms import ChannelwiseGroupNorm, with_channelwise_group_norms
 from ctseg.recipe import load_recipe
+from marks import needs_openvino
 
 
 def exact(norm: nn.GroupNorm, image: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ def test_same_as_pytorchs(groups: int, channels: int, size: tuple[int, int, int]
     torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.skipif(not is_installed("openvino"), reason="needs pip install 'ctseg[openvino]'")
+@needs_openvino
 def test_openvino_adds_up_millions_of_voxels_well() -> None:
     """It adds one by one; without blocks the error is 0.01."""
     torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from ctseg.engine.compiled import is_installed
 from ctseg.files import write_json
 from ctseg.io.images import read_labels, write_labels
 from ctseg.manifest import Case, Manifest
 from ctseg.volume import Geometry
 from ctseg.workspace import DATA_FILE, RECIPE_FILE
+from marks import needs_openvino
 
 
 @pytest.fixture
@@ -76,21 +77,21 @@ def test_fast_has_tables_of_its_own(cli: Callable[..., Any], run: Path, tiny_man
 @pytest.mark.parametrize(
     "backend",
     [
-        "torch",
+        "auto",
         "onnxruntime",
-        pytest.param(
-            "openvino",
-            marks=pytest.mark.skipif(not is_installed("openvino"), reason="needs pip install 'ctseg[openvino]'"),
-        ),
+        pytest.param("openvino", marks=needs_openvino),
     ],
 )
 @pytest.mark.usefixtures("run")
 def test_every_backend_has_the_same_scores(cli: Callable[..., Any], backend: str):
     """In float32 they differ in rounding alone."""
-    result = cli("validate", "--json", "--backend", backend, "--device", "cpu")
-    assert f" on cpu ({torch.get_num_threads()} threads), float32, {backend}\n" in result.err
-    dice = json.loads(result.out)["mean_dice"]
-    assert dice == pytest.approx(json.loads(cli("validate", "--json", "--device", "cpu").out)["mean_dice"], abs=1e-3)
+    found = []
+    for chosen in ("torch", backend):
+        result = cli("validate", "--json", "--backend", chosen, "--device", "cpu")
+        runs = "(torch|openvino)" if chosen == "auto" else chosen
+        assert re.search(rf" on cpu \({torch.get_num_threads()} threads\), float32, {runs}\n", result.err)
+        found.append(json.loads(result.out)["mean_dice"])
+    assert found[1] == pytest.approx(found[0], abs=1e-3)
 
 
 def test_a_backend_that_cannot_be_had_is_refused_before_anything_is_written(

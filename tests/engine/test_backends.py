@@ -14,15 +14,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ctseg.engine.backends import Backend, onnx, openvino, torchscript
-from ctseg.engine.compiled import is_installed
 from ctseg.engine.model import forward_of, load_model, load_network
 from ctseg.engine.predict import predict
 from ctseg.engine.runtime import Runtime
 from ctseg.networks import fold_for_inference, network_for
 from ctseg.recipe import Recipe, load_recipe
 from ctseg.sources.phantom import centered_grid, make_phantom
+from marks import needs_openvino
 
-needs_openvino = pytest.mark.skipif(not is_installed("openvino"), reason="OpenVINO is not installed")
 BACKENDS = [
     pytest.param(torchscript, id="torch"),
     pytest.param(onnx, id="onnxruntime"),

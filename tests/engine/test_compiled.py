@@ -20,8 +20,8 @@ from ctseg.engine.model import load_model, load_network
 from ctseg.engine.runtime import Runtime
 from ctseg.errors import DeviceError, ModelError
 from ctseg.recipe import Recipe
+from marks import needs_openvino
 
-needs_openvino = pytest.mark.skipif(not is_installed("openvino"), reason="OpenVINO is not installed")
 BACKENDS = [
     "torch",
     pytest.param("onnxruntime", marks=pytest.mark.slow),

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ctseg.engine.backends import openvino, winograd
-from ctseg.engine.compiled import is_installed
 from ctseg.engine.runtime import Runtime
 from ctseg.networks import network_for
 from ctseg.recipe import load_recipe
+from marks import needs_openvino
 
-needs_openvino = pytest.mark.skipif(not is_installed("openvino"), reason="needs pip install 'ctseg[openvino]'")
 Array = NDArray[np.float32]
 
 
@@ -26,6 +25,15 @@ Array = NDArray[np.float32]
 def small_convolutions_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(winograd, "LEAST_PRODUCTS", 0)
     monkeypatch.setattr(winograd, "LEAST_CHANNELS", 1)
+
+
+@pytest.fixture
+def rewritten(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many convolutions of each compiled network were rewritten, of those for which it was tried."""
+    numbers: list[int] = []
+    use_winograd = winograd.use_winograd
+    monkeypatch.setattr(winograd, "use_winograd", lambda model: numbers.append(use_winograd(model)))
+    return numbers
 
 
 def made(*shape: int) -> Array:
@@ -64,6 +72,25 @@ def test_six_products_are_the_four_sums_of_three_taps() -> None:
         for place in range(6):
             got = of_products @ ((of_taps @ np.eye(3)[tap]) * (of_inputs @ np.eye(6)[place]))
             np.testing.assert_allclose(got, [float(output + tap == place) for output in range(4)], atol=1e-12)
+
+
+def rms_of_rounding(points: tuple[float, float]) -> float:
+    """How far convolutions of positive values are off whose sums and products are kept in bfloat16."""
+    of_inputs, of_taps, of_products = (torch.from_numpy(matrix) for matrix in winograd.matrices(points))
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(2000, 6, 64, dtype=torch.float64, generator=generator).relu().bfloat16().double()
+    taps = torch.randn(3, 64, 8, dtype=torch.float64, generator=generator)
+    sums, kernels = (
+        torch.einsum("kj,njc->nkc", of_inputs, inputs).bfloat16().double(),
+        torch.einsum("kt,tco->kco", of_taps, taps).bfloat16().double(),
+    )
+    got = torch.einsum("ik,nko->nio", of_products, torch.einsum("nkc,kco->nko", sums, kernels).bfloat16().double())
+    exact = torch.stack([torch.einsum("ntc,tco->no", inputs[:, i : i + 3], taps) for i in range(4)], 1)
+    return float((got - exact).square().mean().sqrt())
+
+
+def test_the_points_round_less_in_bfloat16_than_the_usual_ones() -> None:
+    assert rms_of_rounding(winograd.POINTS) < 0.75 * rms_of_rounding((1.0, 2.0))
 
 
 @needs_openvino
@@ -185,12 +212,14 @@ class Residual(nn.Module):
     ],
 )
 def test_a_compiled_network_uses_it_where_products_are_slow(
-    precision: str, flags: set[str], number: list[int], cpu: Runtime, monkeypatch: pytest.MonkeyPatch
+    precision: str,
+    flags: set[str],
+    number: list[int],
+    cpu: Runtime,
+    rewritten: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(openvino, "cpu_flags", lambda: flags)
-    rewritten: list[int] = []
-    use_winograd = winograd.use_winograd
-    monkeypatch.setattr(winograd, "use_winograd", lambda *a: rewritten.append(use_winograd(*a)))
     torch.manual_seed(0)
     network, runtime, window = Residual().eval(), replace(cpu, precision=precision), (16, 12, 8)
     image = torch.rand((1, 1, *window), generator=torch.Generator().manual_seed(1))
@@ -204,9 +233,10 @@ def test_a_compiled_network_uses_it_where_products_are_slow(
 
 @needs_openvino
 @pytest.mark.parametrize("name", ["bone_lesion:small", "deepgrow_3d:small"])
-def test_whole_networks_have_the_eager_answer(name: str, cpu: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whole_networks_have_the_eager_answer(
+    name: str, cpu: Runtime, rewritten: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On their upper levels, where the number of planes can be divided by four, and not on the lowest."""
-    rewritten: list[int] = []
     suitable: list[bool] = []
 
     def watch(convolution: nn.Module, _: object, answer: Tensor) -> None:
@@ -214,8 +244,6 @@ def test_whole_networks_have_the_eager_answer(name: str, cpu: Runtime, monkeypat
         fits = convolution.kernel_size[0] == 3 and convolution.stride[0] == 1
         suitable.append(fits and answer.shape[2] % 4 == 0)
 
-    use_winograd = winograd.use_winograd
-    monkeypatch.setattr(winograd, "use_winograd", lambda *a: rewritten.append(use_winograd(*a)))
     monkeypatch.setattr(openvino, "cpu_flags", lambda: {"avx2"})
     recipe, window = load_recipe(name), (16, 24, 32)
     torch.manual_seed(0)

@@ -52,13 +52,13 @@ def use_winograd(model: Any) -> int:
 
 
 @functools.cache
-def matrices() -> tuple[Matrix, Matrix, Matrix]:
+def matrices(points: tuple[float, float] = POINTS) -> tuple[Matrix, Matrix, Matrix]:
     """Sums of inputs `[6, 6]`, sums of taps `[6, 3]` and sums of products `[4, 6]`.
 
     Output i is the sum over t of input i + t times tap t. All four are
     `of_products @ ((of_taps @ taps) * (of_inputs @ inputs))`.
     """
-    finite = [0.0, *(sign * point for point in POINTS for sign in (1, -1))]
+    finite = [0.0, *(sign * point for point in points for sign in (1, -1))]
     others = [[other for other in finite if other != point] for point in finite]
     of_inputs = np.zeros((INPUTS, INPUTS))
     for row, roots in enumerate([*others, finite]):
