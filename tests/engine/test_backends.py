@@ -155,8 +155,8 @@ def test_openvino_is_imported_without_its_telemetry(tmp_path: Path) -> None:
     """It would write an identifier to the home and report the import to its makers."""
     program = """
 import sys
-from ctseg.engine.backends.openvino import _import_openvino
-_import_openvino().Core()
+from ctseg.engine.backends.openvino import import_library
+import_library().Core()
 assert not [name for name, module in sys.modules.items() if name.startswith("openvino_telemetry") and module]
 """
     subprocess.run([sys.executable, "-c", program], check=True, env={"HOME": str(tmp_path)}, timeout=60)
@@ -167,8 +167,8 @@ assert not [name for name, module in sys.modules.items() if name.startswith("ope
 def test_openvinos_converter_is_imported_by_whoever_calls_it(tmp_path: Path) -> None:
     program = """
 import sys
-from ctseg.engine.backends.openvino import _import_openvino
-_import_openvino()
+from ctseg.engine.backends.openvino import import_library
+import_library()
 assert "openvino.tools.ovc" not in sys.modules
 import openvino
 try:

@@ -180,7 +180,8 @@ def _open(sha256: str, folded: Source, runtime: Runtime, name: str) -> Compiled:
     """The network on the backend, from the cache if that has it, else compiled and kept.
 
     One in the cache is loaded while the caller goes on, and its first window waits for that; if it turns out to be
-    damaged, it is compiled anew.
+    damaged, it is compiled anew. Its library is imported before: imports of two threads at once take turns, and each
+    takes longer than both one after the other.
     """
     key = cache_key(_facts(sha256, runtime, [name]))
     recipe = recipe_of(sha256, lambda: folded()[0])
@@ -201,7 +202,10 @@ def _open(sha256: str, folded: Source, runtime: Runtime, name: str) -> Compiled:
                 pass
         return make()
 
-    return Compiled(recipe, _once_loaded(load) if has_entry(key) else make(), name)
+    if not has_entry(key):
+        return Compiled(recipe, make(), name)
+    module.import_library()
+    return Compiled(recipe, _once_loaded(load), name)
 
 
 def _once_loaded(load: Callable[[], Forward]) -> Forward:

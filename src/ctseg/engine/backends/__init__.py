@@ -1,14 +1,13 @@
 """What runs a network on windows: torch, onnxruntime or OpenVINO.
 
-Each backend is a module with two functions: `compile_network` turns a network into bytes, and `load` turns these
-bytes into a function of windows, without MONAI. Its libraries are imported inside its functions; only torch's own
-backend needs torch to run.
+Each backend is a module: `compile_network` turns a network into bytes, and `load` turns these bytes into a function of
+windows, without MONAI. Its libraries are imported inside its functions; only torch's own backend needs torch to run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +37,9 @@ class Backend(Protocol):
 
     def compile_network(self, network: nn.Module, window: Window, runtime: Runtime) -> bytes:
         """The network for windows of this size in the runtime's precision; changes the network's memory format."""
+
+    def import_library(self) -> Any:
+        """The library itself, imported now if it was not."""
 
     def load(self, content: Bytes, window: Window, runtime: Runtime) -> Forward:
         """What `compile_network` made, ready to run."""

@@ -32,6 +32,13 @@ def load(content: Bytes, window: Window, runtime: Runtime) -> Forward:
     return one_by_one(forward_of_session(open_session(bytes(content), runtime)), window)
 
 
+def import_library() -> Any:
+    """onnxruntime."""
+    import onnxruntime
+
+    return onnxruntime
+
+
 def to_onnx(network: nn.Module, example: Tensor) -> Any:
     """The network as an `onnx.ModelProto`, input "image", output "logits", for any number of windows."""
     import torch
@@ -59,8 +66,7 @@ def open_session(content: bytes, runtime: Runtime) -> Any:
 
     From bytes, not from a path: a model of a stranger cannot name further files then.
     """
-    import onnxruntime
-
+    onnxruntime = import_library()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = runtime.threads
     options.log_severity_level = 3

@@ -54,7 +54,7 @@ def compile_network(network: nn.Module, window: Window, runtime: Runtime) -> byt
 
 def load(content: Bytes, window: Window, runtime: Runtime) -> Forward:
     """What `compile_network` made, ready to run."""
-    tensor = _import_openvino().Tensor(np.frombuffer(content, np.uint8))  # copied once; bytes are copied twice
+    tensor = import_library().Tensor(np.frombuffer(content, np.uint8))  # copied once; bytes are copied twice
     compiled = _core().import_model(tensor, "CPU", _settings(runtime))
     request = compiled.create_infer_request()
 
@@ -96,7 +96,7 @@ def _loaded_core() -> Any:
     """
 
     def make() -> Any:
-        core = _import_openvino().Core()
+        core = import_library().Core()
         core.get_versions("CPU")  # loads the plugin, which otherwise waits for the first network
         return core
 
@@ -104,7 +104,7 @@ def _loaded_core() -> Any:
         return thread.submit(make).result()
 
 
-def _import_openvino() -> Any:
+def import_library() -> Any:
     """The package without its telemetry, which would report every import to its makers; it can do without.
 
     And without its converter of models' files, which takes as long to import as all the rest and is not needed here.

@@ -44,6 +44,11 @@ def load(content: Bytes, window: Window, runtime: Runtime) -> Forward:
     return one_by_one(run, window)
 
 
+def import_library() -> Any:
+    """torch."""
+    return torch
+
+
 def trace(network: nn.Module, window: Window, layout: torch.memory_format) -> torch.jit.ScriptModule:
     """The network as a frozen graph for one window of this size."""
     example = example_of(network, window).contiguous(memory_format=layout)
