@@ -357,11 +357,13 @@ def _label_box(scores_CXYZ: Array) -> list[tuple[int, int]] | None:
     labelled = [np.zeros(n, dtype=bool) for n in scores_CXYZ.shape[1:]]
     for box in slabs_of(scores_CXYZ):
         slab = scores_CXYZ[box]
-        lead_XYZ = slab[0] if len(slab) == 1 else xp.max(slab[1:], axis=0) - slab[0]
-        lead_XY = xp.max(lead_XYZ, axis=2)
-        profiles = (xp.max(lead_XY, axis=1), xp.max(lead_XY, axis=0), xp.max(xp.max(lead_XYZ, axis=0), axis=0))
+        found_XYZ = slab[0] > 0 if len(slab) == 1 else xp.max(slab[1:], axis=0) > slab[0]
+        if not xp.any(found_XYZ):
+            continue
+        found_XY = xp.any(found_XYZ, axis=2)
+        profiles = (xp.any(found_XY, axis=1), xp.any(found_XY, axis=0), xp.any(xp.any(found_XYZ, axis=0), axis=0))
         for places, part, profile in zip(labelled, box[1:], profiles, strict=True):
-            places[part] |= to_numpy(profile > 0)
+            places[part] |= to_numpy(profile)
     hits = [places.nonzero()[0] for places in labelled]
     return None if len(hits[0]) == 0 else [(int(hit[0]), int(hit[-1])) for hit in hits]
 

@@ -91,10 +91,12 @@ def count_values(labels: NDArray[np.uint8], number: int) -> NDArray[np.int64]:
     """How many voxels have each value from 0 on, for `number` values or as many as there are."""
     counts = np.zeros(256, dtype=np.int64)
     for slab in in_slabs(labels):
-        if slab.any():
+        largest = int(slab.max(initial=0))
+        if largest > 1:
             counts += np.bincount(slab.ravel(order="K"), minlength=256)
         else:  # as most slabs are; to look is far faster than to count
-            counts[0] += slab.size
+            ones = np.count_nonzero(slab.view(np.bool_)) if largest else 0
+            counts[:2] += slab.size - ones, ones
     return counts[: max(number, int(counts.nonzero()[0].max(initial=0)) + 1)]
 
 
