@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -128,6 +129,19 @@ def test_extremes_and_counts_are_numpys(tmp_path: Path, dtype: str) -> None:
     labels = array.astype(np.uint8, order="A")
     np.testing.assert_array_equal(count_values(labels, 3), np.bincount(labels.ravel()))
     np.testing.assert_array_equal(count_values(labels, 120), np.bincount(labels.ravel(), minlength=120))
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_counts_where_slabs_have_nothing_one_structure_or_more(order: Literal["C", "F"]) -> None:
+    labels = np.zeros(SIZE, np.uint8, order=order)
+    slowest = labels if order == "C" else labels.T
+    third = len(slowest) // 3  # about two slabs
+    slowest[third : 2 * third] = 1
+    slowest[-3:, 7:9] = 1
+    slowest[-1, 3, 5:8] = (1, 2, 200)
+    np.testing.assert_array_equal(count_values(labels, 2), np.bincount(labels.ravel()))
+    np.testing.assert_array_equal(count_values(labels[::2, 1:, ::3], 2), np.bincount(labels[::2, 1:, ::3].ravel()))
+    np.testing.assert_array_equal(count_values(labels * 0, 2), [labels.size, 0])
 
 
 def test_extremes_tell_of_nan_wherever_it_is() -> None:

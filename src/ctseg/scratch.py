@@ -95,8 +95,9 @@ def count_values(labels: NDArray[np.uint8], number: int) -> NDArray[np.int64]:
         if largest > 1:
             counts += np.bincount(slab.ravel(order="K"), minlength=256)
         else:  # as most slabs are; to look is far faster than to count
-            ones = np.count_nonzero(slab.view(np.bool_)) if largest else 0
-            counts[:2] += slab.size - ones, ones
+            ones = int(np.count_nonzero(slab.view(np.bool_))) if largest else 0
+            counts[0] += slab.size - ones
+            counts[1] += ones
     return counts[: max(number, int(counts.nonzero()[0].max(initial=0)) + 1)]
 
 

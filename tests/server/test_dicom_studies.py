@@ -354,7 +354,7 @@ def test_without_the_index_its_labels_are_found_again(dicom: SimpleNamespace, st
 
 
 def test_training_gets_a_file_of_it(dicom: SimpleNamespace, tmp_path: Path) -> None:
-    from ctseg.server.tasks import _write_manifest
+    from ctseg.server.training import _write_manifest
 
     service = dicom.live.service
     mask = (dicom.image.read().array > 0).astype(np.uint8)

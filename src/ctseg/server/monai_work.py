@@ -7,10 +7,12 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Body
 from starlette.concurrency import run_in_threadpool
 
+from ctseg.server.batch import start_batch
 from ctseg.server.datastore import FINAL, ORIGINAL
 from ctseg.server.own_api import ServiceHere
 from ctseg.server.problems import Invalid, NotHere
-from ctseg.server.tasks import Tasks, start_batch, start_training
+from ctseg.server.tasks import Tasks
+from ctseg.server.training import start_training
 
 Params = Annotated[dict[str, Any] | None, Body()]
 
