@@ -10,8 +10,12 @@ import numpy as np
 import pytest
 
 from ctseg.engine import predict as predicting
+from ctseg.engine.checkpoint import save_checkpoint
 from ctseg.engine.model import Model, load_model
 from ctseg.manifest import Manifest
+from ctseg.networks import network_for
+from ctseg.recipe import load_recipe
+from marks import needs_openvino
 
 TOLD = "rounding has turned 5% of all"
 
@@ -21,7 +25,7 @@ def settled(monkeypatch: pytest.MonkeyPatch) -> list[Model]:
     """The models whose rounding was to be settled, each of which tells that it could not be; on any CPU."""
     models: list[Model] = []
 
-    def settle(_grid: Any, _done: Any, model: Model, _on_window: Any, note: Callable[[str], None]) -> None:
+    def settle(_grid: Any, _done: Any, model: Model, _on: Any, note: Callable[[str], None], _turned: float) -> None:
         if model.exact is not None:
             models.append(model)
             note(TOLD)
@@ -66,7 +70,7 @@ def test_infer_in_float32_has_nothing_to_settle(
     assert settled == []
 
 
-def test_fast_neither_settles_nor_compiles_an_exact_network(
+def test_fast_neither_settles_a_unet_nor_compiles_its_exact_network(
     cli: Callable[..., Any], ct: Path, tiny_model: Path, settled: list[Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[bool] = []
@@ -78,6 +82,34 @@ def test_fast_neither_settles_nor_compiles_an_exact_network(
     monkeypatch.setattr("ctseg.engine.model.load_model", load)
     assert cli(*INFER, "--model", tiny_model, "--fast").code == 0
     assert (settled, asked) == ([], [False])
+
+
+@pytest.fixture
+def segresnet(tmp_path: Path) -> Path:
+    """A checkpoint of another network than a UNet, with weights that were never trained."""
+    recipe = load_recipe("bone_lesion:small")
+    path = tmp_path / "segresnet.pt"
+    save_checkpoint(path, {"recipe": recipe.to_dict(), "model": network_for(recipe).state_dict()})
+    return path
+
+
+@needs_openvino
+def test_fast_settles_other_networks_than_a_unet(
+    cli: Callable[..., Any], ct: Path, segresnet: Path, settled: list[Model]
+) -> None:
+    result = cli(*INFER[:-1], "openvino", "--model", segresnet, "--fast")
+    assert result.code == 0, result.err
+    assert [model.runtime.precision for model in settled] == ["bfloat16"]
+    assert f"ct.nii.gz: {TOLD}\n" in result.err
+
+
+def test_fast_leaves_other_networks_than_a_unet_in_float32_on_torch(
+    cli: Callable[..., Any], ct: Path, segresnet: Path, settled: list[Model]
+) -> None:
+    result = cli(*INFER, "--model", segresnet, "--fast")
+    assert result.code == 0, result.err
+    assert settled == []
+    assert "float32, torch, fast" in result.err
 
 
 @pytest.mark.parametrize(("options", "number"), [(["--precision", "bfloat16"], 1), (["--fast"], 0)])

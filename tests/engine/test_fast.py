@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from ctseg.engine import fast as engine
+from ctseg.engine import model as loading
 from ctseg.engine import predict as predict_module
 from ctseg.engine.checkpoint import save_checkpoint
 from ctseg.engine.fast import covering, windows_to_refine
-from ctseg.engine.model import Model, fast_in_bfloat16
+from ctseg.engine.model import Model, fast_in_bfloat16, settles_rounding
 from ctseg.engine.predict import predict, window_logits
 from ctseg.engine.runtime import Runtime, start_runtime
 from ctseg.engine.windows import window_starts
@@ -281,13 +282,30 @@ def test_only_fast_reduces_precision_by_itself_and_only_where_the_cpu_has_it(
     assert start_runtime("cpu", precision, amp=True, fast=fast).precision == expected
 
 
-def test_only_a_unet_is_fast_in_bfloat16(tiny_recipe: Recipe, tmp_path: Path) -> None:
-    """And nothing but a checkpoint; what has no bfloat16 is not read at all."""
+@pytest.fixture
+def unet_and_ahnet(tiny_recipe: Recipe, tmp_path: Path) -> tuple[Path, Path]:
+    """Checkpoints without weights."""
     unet, ahnet = tmp_path / "unet.pt", tmp_path / "ahnet.pt"
     save_checkpoint(unet, {"recipe": tiny_recipe.to_dict(), "model": {}})
     save_checkpoint(ahnet, {"recipe": load_recipe("lung").to_dict(), "model": {}})
-    assert fast_in_bfloat16(unet)
-    assert fast_in_bfloat16(unet, "openvino")
-    assert not fast_in_bfloat16(unet, "onnxruntime")
-    assert not fast_in_bfloat16(ahnet)
-    assert not fast_in_bfloat16(tmp_path / "gone.onnx")
+    return unet, ahnet
+
+
+@pytest.mark.parametrize("has_openvino", [True, False])
+def test_fast_is_in_bfloat16_where_that_is_faster(
+    unet_and_ahnet: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, has_openvino: bool
+) -> None:
+    monkeypatch.setattr(loading, "is_installed", lambda name: name == "openvino" and has_openvino)
+    unet, ahnet = unet_and_ahnet
+    backends = ("auto", "openvino", "torch", None, "onnxruntime")
+    assert [fast_in_bfloat16(unet, backend) for backend in backends] == [True, True, True, True, False]
+    assert [fast_in_bfloat16(ahnet, backend) for backend in backends] == [has_openvino] * 2 + [False] * 3
+    assert not any(fast_in_bfloat16(unet.with_name("gone.onnx"), backend) for backend in backends)
+
+
+def test_all_but_a_fast_unet_are_settled(unet_and_ahnet: tuple[Path, Path]) -> None:
+    """An exported file has the precision that it has, and is not looked into."""
+    unet, ahnet = unet_and_ahnet
+    for path in (unet, ahnet, unet.with_name("gone.onnx")):
+        assert settles_rounding(path, fast=False)
+        assert settles_rounding(path, fast=True) == (path != unet)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ctseg.engine.model import Model
 from ctseg.engine.predict import window_logits
-from ctseg.engine.rounding import LEAST_VOXELS, MOST_SHARE, TURNED, Rounding
+from ctseg.engine.rounding import LEAST_VOXELS, MOST_SHARE, TURNED, TURNED_FAST, Rounding
 from ctseg.engine.runtime import Runtime
 from ctseg.recipe import Recipe
 
@@ -42,13 +42,19 @@ def ball(centre_x: float, radius: float, slope: float = 0.5) -> Tensor:
 
 
 def logits(
-    recipe: Recipe, image_XYZ: Tensor, rounded: Network, exact: Network | None = None, notes: list[str] | None = None
+    recipe: Recipe,
+    image_XYZ: Tensor,
+    rounded: Network,
+    exact: Network | None = None,
+    notes: list[str] | None = None,
+    *,
+    fast: bool = False,
 ) -> Tensor:
     recipe = replace(recipe, labels={str(n): f"organ {n}" for n in range(1, rounded.structures + 1)})
     inference = replace(recipe.inference, window_size=WINDOW, overlap=0.5)
     model = Model(recipe, rounded, Runtime(torch.device("cpu")), Path("model.pt"), "", exact=exact)
     told = [] if notes is None else notes
-    result: Tensor = window_logits(model, image_XYZ, inference, note=told.append)
+    result: Tensor = window_logits(model, image_XYZ, inference, fast=fast, note=told.append)
     return result
 
 
@@ -232,12 +238,19 @@ def test_progress_ends_where_too_many_windows_would_have_to_run_again(tiny_recip
     assert len(calls) == calls[0][1] + 1
 
 
-def test_fast_settles_nothing(tiny_recipe: Recipe) -> None:
-    exact = Network()
-    model = Model(tiny_recipe, Network(ERROR), Runtime(torch.device("cpu")), Path("model.pt"), "", exact=exact)
-    inference = replace(tiny_recipe.inference, window_size=WINDOW, overlap=0.5)
-    window_logits(model, ball(120, 7.0), inference, fast=True)
-    assert exact.windows == 0
+@pytest.mark.parametrize("radius", [11.0, 7.0])
+def test_fast_settles_what_it_must(tiny_recipe: Recipe, radius: float) -> None:
+    """Fewer windows run again than without, and voxels turn that then would not, but no more than may."""
+    image_XYZ = ball(120, radius)
+    wanted = logits(tiny_recipe, image_XYZ, Network()) > 0
+    exact, exact_fast = Network(), Network()
+    ours = logits(tiny_recipe, image_XYZ, Network(ERROR), exact) > 0
+    fast = logits(tiny_recipe, image_XYZ, Network(ERROR), exact_fast, fast=True) > 0
+    unsettled = logits(tiny_recipe, image_XYZ, Network(ERROR), fast=True) > 0
+    may_turn = TURNED_FAST * max(int(wanted.sum()), LEAST_VOXELS)
+    assert (unsettled ^ wanted).sum() > 2 * may_turn, "rounding must matter"
+    assert (ours ^ wanted).sum() < (fast ^ wanted).sum() <= 2 * may_turn
+    assert 0 < exact_fast.windows < exact.windows
 
 
 def test_scores_on_a_disk_are_settled_alike(tiny_recipe: Recipe, tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def _segment(
 ) -> tuple[RunPlan, list[Outcome]]:
     """How the CTs of `todo` are to be done; unless that is all that is asked for, what became of those of the part."""
     with importing():
-        from ctseg.engine.model import load_model, next_run_is_leaner, runtime_for
+        from ctseg.engine.model import load_model, next_run_is_leaner, runtime_for, settles_rounding
         from ctseg.engine.process import stop_on_signal
 
     with (
@@ -167,7 +167,8 @@ def _segment(
         stop_on_signal() as stop_requested,
         make_progress(quiet) as progress,
     ):
-        loaded = load_model(path, runtime, backend, progress.note, exact=not options.fast)
+        exact = settles_rounding(path, fast=options.fast)
+        loaded = load_model(path, runtime, backend, progress.note, exact=exact)
         if dry_run and next_run_is_leaner(loaded) and ASKED_AGAIN not in os.environ:
             _ask_again()
         # A network from the cache is still being loaded by a thread, which wants no pydicom.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ctseg.engine.backends import Forward as Forward
 from ctseg.engine.backends.onnx import forward_of_session, open_session
 from ctseg.engine.checkpoint import file_sha256, read_checkpoint
-from ctseg.engine.compiled import check_backend, compiled_network, ready_without_torch, recipe_of
+from ctseg.engine.compiled import check_backend, compiled_network, is_installed, ready_without_torch, recipe_of
 from ctseg.engine.runtime import Runtime, may_have_gpu, running, start_on_host, start_runtime
 from ctseg.errors import DeviceError, ModelError
 from ctseg.recipe import RECIPE_ENTRY, Recipe, recipe_from_dict
@@ -128,7 +128,8 @@ def _ready_host(path: Path, device: str, precision: str, backend: str | None, *,
     if path.suffix != ".pt" or backend in (None, "torch"):
         return None
     host = start_on_host(precision, fast=fast and fast_in_bfloat16(path, backend))
-    return host if ready_without_torch(_sha256(path), host, backend, exact=not fast) else None
+    exact = settles_rounding(path, fast=fast)
+    return host if ready_without_torch(_sha256(path), host, backend, exact=exact) else None
 
 
 def next_run_is_leaner(model: Model) -> bool:
@@ -153,19 +154,35 @@ def _sha256_of_version(path: Path, _: tuple[int, int, int]) -> str:
 
 
 def fast_in_bfloat16(path: Path, backend: str | None = None) -> bool:
-    """Whether `--fast` may run the model in bfloat16 on a CPU: it may with a UNet's checkpoint, not on onnxruntime.
+    """Whether `--fast` may run the model in bfloat16 on a CPU: it may with a checkpoint where that is faster.
 
-    With the other networks' weights bfloat16 was seen to change masks by more than `--fast` may.
+    On OpenVINO it is; on torch it is with a UNet, while others can lose by it; onnxruntime has no bfloat16.
 
     Raises:
         ModelError: if the checkpoint cannot be read.
     """
     if path.suffix != ".pt" or backend == "onnxruntime":
         return False
-    recipe = recipe_of(
-        _sha256(path), lambda: recipe_from_dict(read_checkpoint(path).get("recipe"), f"recipe inside '{path}'")
-    )
-    return isinstance(recipe.network, UNetSpec)
+    return (backend in ("auto", "openvino") and is_installed("openvino")) or _is_unet(path)
+
+
+def settles_rounding(path: Path, *, fast: bool) -> bool:
+    """Whether a model in reduced precision is to have its network in float32 beside it, see `ctseg.engine.rounding`.
+
+    With `--fast` a UNet's checkpoint is not: its rounding alone was seen to cost less than `--fast` may, and to run a
+    single window again would cost a twentieth of the time.
+
+    Raises:
+        ModelError: if the checkpoint cannot be read.
+    """
+    return not (fast and path.suffix == ".pt" and _is_unet(path))
+
+
+def _is_unet(checkpoint: Path) -> bool:
+    def recipe() -> Recipe:
+        return recipe_from_dict(read_checkpoint(checkpoint).get("recipe"), f"recipe inside '{checkpoint}'")
+
+    return isinstance(recipe_of(_sha256(checkpoint), recipe).network, UNetSpec)
 
 
 def forward_of(network: nn.Module, runtime: Runtime) -> Forward:

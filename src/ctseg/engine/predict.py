@@ -34,7 +34,7 @@ from ctseg.engine.clock import Clock
 from ctseg.engine.fast import covering, windows_to_refine
 from ctseg.engine.ladder import logits_within_memory, prepared_within_memory
 from ctseg.engine.model import Model
-from ctseg.engine.rounding import MOST_SHARE, Rounding
+from ctseg.engine.rounding import MOST_SHARE, TURNED, TURNED_FAST, Rounding
 from ctseg.engine.runtime import memory_errors
 from ctseg.engine.windows import Start, average, box_of, window_starts
 from ctseg.preprocess import Prepared, restore, slabs_of
@@ -233,8 +233,7 @@ def window_logits(
         done += group
         if on_window is not None:
             on_window(number, calls)
-    if not fast:
-        _settle_rounding(grid, done, model, on_window, note)
+    _settle_rounding(grid, done, model, on_window, note, TURNED_FAST if fast else TURNED)
     average(grid.total_CXYZ, done, grid.held)
     return as_asked(grid.total_CXYZ, device_of(given))
 
@@ -277,15 +276,21 @@ class _Grid:
 
 
 def _settle_rounding(
-    grid: _Grid, done: Sequence[Start], model: Model, on_window: OnWindow | None, note: Callable[[str], None]
+    grid: _Grid,
+    done: Sequence[Start],
+    model: Model,
+    on_window: OnWindow | None,
+    note: Callable[[str], None],
+    turned: float,
 ) -> None:
     """Puts the exact network's logits in place of the rounded one's, until rounding turns no more than it may.
 
-    Which windows those are, and how many are too many, see `ctseg.engine.rounding`.
+    `turned` is that share of a structure's voxels. Which windows run again, and how many are too many, see
+    `ctseg.engine.rounding`.
     """
     if model.exact is None or len(done) * MOST_SHARE < 1:
         return
-    rounding = Rounding(grid.total_CXYZ, done, grid.held)
+    rounding = Rounding(grid.total_CXYZ, done, grid.held, turned)
     number, needed = 0, rounding.needed()
     while number < needed <= rounding.most:
         start = rounding.windows[number]
