@@ -40,6 +40,22 @@ assert not gc.isenabled()
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
+def test_only_the_program_keeps_things_to_its_end() -> None:
+    program = """
+import weakref
+from ctseg.lean import keep_to_the_end
+class Network: pass
+def kept():
+    network = Network()
+    keep_to_the_end(network)
+    return weakref.ref(network)
+assert kept()() is None
+import ctseg.__main__
+assert kept()() is not None
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
 def test_a_command_imports_no_other_command() -> None:
     program = """
 import sys

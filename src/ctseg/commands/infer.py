@@ -37,7 +37,7 @@ from ctseg.commands.common import (
 from ctseg.errors import CasesFailed, CtsegError
 from ctseg.files import folder_if_used, make_folder
 from ctseg.jobs import Job, Options, Shard, choose_shard, find_jobs
-from ctseg.lean import import_nibabel_alone, importing
+from ctseg.lean import import_nibabel_alone, importing, keep_to_the_end
 from ctseg.progress import make_progress
 from ctseg.report.tables import render_table
 from ctseg.workspace import resolve_model
@@ -169,6 +169,7 @@ def _segment(
     ):
         exact = settles_rounding(path, fast=options.fast)
         loaded = load_model(path, runtime, backend, progress.note, exact=exact)
+        keep_to_the_end(loaded)
         if dry_run and next_run_is_leaner(loaded) and ASKED_AGAIN not in os.environ:
             _ask_again()
         # A network from the cache is still being loaded by a thread, which wants no pydicom.
