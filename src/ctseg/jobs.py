@@ -47,7 +47,7 @@ class Options:
         format: Of the masks; None: that of the CT, NIfTI for DICOM.
         seg_type: Of a DICOM SEG.
         keep_empty_frames: A DICOM SEG has a frame also where a structure is not.
-        fast: Windows that would hardly change the mask are left out.
+        fast: Windows that would hardly change the mask are left out, and reduced precision is welcome.
     """
 
     series: str | None = None

@@ -25,7 +25,7 @@ def settled(monkeypatch: pytest.MonkeyPatch) -> list[Model]:
     """The models whose rounding was to be settled, each of which tells that it could not be; on any CPU."""
     models: list[Model] = []
 
-    def settle(_grid: Any, _done: Any, model: Model, _on: Any, note: Callable[[str], None], _turned: float) -> None:
+    def settle(_grid: Any, _done: Any, model: Model, _: Any, note: Callable[[str], None], *, fast: bool) -> None:
         if model.exact is not None:
             models.append(model)
             note(TOLD)
@@ -110,6 +110,26 @@ def test_fast_leaves_other_networks_than_a_unet_in_float32_on_torch(
     assert result.code == 0, result.err
     assert settled == []
     assert "float32, torch, fast" in result.err
+
+
+@needs_openvino
+@pytest.mark.parametrize(
+    ("options", "precisions"), [([], []), (["--precision", "bfloat16"], ["bfloat16"])], ids=["chosen", "asked for"]
+)
+def test_where_torch_is_the_fastest_fast_leaves_other_networks_in_float32_unless_less_is_asked_for(
+    cli: Callable[..., Any],
+    ct: Path,
+    segresnet: Path,
+    settled: list[Model],
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    precisions: list[str],
+) -> None:
+    monkeypatch.setattr("ctseg.engine.compiled._fastest", lambda *_: "torch")
+    result = cli(*INFER[:-1], "auto", "--model", segresnet, "--fast", *options)
+    assert result.code == 0, result.err
+    assert [model.runtime.precision for model in settled] == precisions
+    assert f"{'bfloat16' if options else 'float32'}, torch, fast" in result.err
 
 
 @pytest.mark.parametrize(("options", "number"), [(["--precision", "bfloat16"], 1), (["--fast"], 0)])

@@ -1,10 +1,12 @@
 """A checkpoint's network is compiled once, comes from the cache after that, and runs on the fastest backend."""
 
+import functools
 import importlib
 import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -149,6 +151,27 @@ def test_reduced_precision_has_the_exact_network_at_hand(
     assert model.exact is not None
     torch.testing.assert_close(model.exact(image), expected(checkpoint, image), atol=1e-4, rtol=1e-4)
     assert load_model(checkpoint, replace(reduced, precision="float32"), backend, exact=True).exact is None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_library_is_imported_before_its_network_is_loaded_beside_the_rest(
+    checkpoint: Path, image: Tensor, cache: Path, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    runtime = Runtime(torch.device("cpu"))
+    load_model(checkpoint, runtime, backend)
+    module = compiled._module(backend)
+    import_library, load = module.import_library, module.load
+    threads: dict[str, threading.Thread] = {}
+
+    def record(name: str, function: Callable[..., object], *arguments: object) -> object:
+        threads.setdefault(name, threading.current_thread())
+        return function(*arguments)
+
+    monkeypatch.setattr(module, "import_library", functools.partial(record, "import", import_library))
+    monkeypatch.setattr(module, "load", functools.partial(record, "load", load))
+    load_model(checkpoint, runtime, backend).forward(image)
+    assert list(threads) == ["import", "load"]
+    assert threads["import"] is threading.current_thread() is not threads["load"]
 
 
 def test_without_a_cache_the_exact_network_is_compiled_with_the_other(

@@ -83,6 +83,7 @@ def test_a_gpu_without_memory_gives_the_same_mask_and_tells(ct: Volume) -> None:
     notes: list[str] = []
     total = torch.cuda.get_device_properties(GPU).total_memory
     torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated(GPU)
     try:
         torch.cuda.set_per_process_memory_fraction(2**20 / total, GPU)
         got = predict(bones_model(GPU, bones_model(CPU)), ct, note=notes.append)
@@ -91,4 +92,4 @@ def test_a_gpu_without_memory_gives_the_same_mask_and_tells(ct: Volume) -> None:
     assert notes, "it must be told"
     assert all(note.startswith("not enough memory on cuda:0: ") for note in notes)
     assert (dice(got, wanted) or 0) >= 0.9999
-    assert torch.cuda.memory_allocated(GPU) == 0
+    assert torch.cuda.memory_allocated(GPU) == before

@@ -253,6 +253,53 @@ def test_fast_settles_what_it_must(tiny_recipe: Recipe, radius: float) -> None:
     assert 0 < exact_fast.windows < exact.windows
 
 
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_with_fast_all_windows_run_again_where_too_many_would_have_to(
+    tiny_recipe: Recipe, tmp_path: Path, on_disk: bool
+) -> None:
+    calls: list[tuple[int, int]] = []
+    notes: list[str] = []
+    noise = 1 + torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    inference = replace(tiny_recipe.inference, window_size=WINDOW, overlap=0.5)
+    rounded, exact, everywhere = Network(ERROR), Network(), Network()
+    model = Model(tiny_recipe, rounded, Runtime(torch.device("cpu")), Path("model.pt"), "", exact=exact)
+    got = window_logits(
+        model,
+        noise,
+        inference,
+        lambda done, of: calls.append((done, of)),
+        tmp_path if on_disk else None,
+        fast=True,
+        note=notes.append,
+    )
+    torch.testing.assert_close(got, logits(tiny_recipe, noise, everywhere), atol=1e-5, rtol=1e-5)
+    assert exact.windows == everywhere.windows + 1 == rounded.windows, "one had shown what rounding does"
+    assert notes == [
+        "rounding would have turned too much of the mask: every window ran again; --precision float32 is faster here"
+    ]
+    assert [done for done, _ in calls] == list(range(1, len(calls) + 1))
+    assert calls[-1] == (2 * everywhere.windows + 1, 2 * everywhere.windows + 1)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_ct_of_one_window_is_settled_with_fast_alone(tiny_recipe: Recipe, fast: bool) -> None:
+    image_XYZ, exact = ball(8, 5.0)[:16, 8:24, 8:24], Network()
+    assert image_XYZ.shape == WINDOW
+    got = logits(tiny_recipe, image_XYZ, Network(ERROR), exact, fast=fast)
+    assert exact.windows == int(fast)
+    wanted = logits(tiny_recipe, image_XYZ, Network(0.0 if fast else ERROR))
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_of_a_small_structure_fast_may_turn_one_voxel_too(tiny_recipe: Recipe) -> None:
+    """One voxel of a structure of 200, as without; of one of 2000, three in a thousand."""
+    for voxels, turned in ((200, 1.0), (2000, 6.0)):
+        total_CXYZ = torch.full((1, 64, 16, 16), -1.0)
+        total_CXYZ.view(-1)[:voxels] = 1.0
+        rounding = Rounding(total_CXYZ, [(n, 0, 0) for n in range(0, 64, 16)], WINDOW, fast=True)
+        assert rounding._may_turn_S.tolist() == [pytest.approx(turned)]
+
+
 def test_scores_on_a_disk_are_settled_alike(tiny_recipe: Recipe, tmp_path: Path) -> None:
     exact = Network()
     model = Model(tiny_recipe, Network(ERROR), Runtime(torch.device("cpu")), Path("model.pt"), "", exact=exact)

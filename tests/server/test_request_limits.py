@@ -16,7 +16,7 @@ import pytest
 import requests
 
 from ctseg.io.images import read_image, read_labels
-from ctseg.server import run, tasks
+from ctseg.server import batch, run
 from ctseg.server.problems import Busy
 from ctseg.server.run import LOG_LINES
 
@@ -185,7 +185,7 @@ def test_a_file_that_vanished_is_not_there(live: Any, studies: Path, monkeypatch
 def test_many_images_go_on_after_a_failure_and_wait_for_their_turn(
     live: Any, studies: Path, made: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tasks, "BUSY_SECONDS", 0.01)
+    monkeypatch.setattr(batch, "BUSY_SECONDS", 0.01)
     segment, calls = live.service.segment, []
 
     async def sometimes(request: Any, served: Any, path: Path) -> Any:

@@ -53,7 +53,7 @@ FastFlag = Annotated[
     bool,
     typer.Option(
         "--fast",
-        help="Leave out windows that hardly change the mask; a UNet runs in bfloat16 on a CPU that has it.",
+        help="Leave out windows that hardly change the mask; bfloat16 on a CPU that has it (on torch for UNets only).",
     ),
 ]
 SeriesOption = Annotated[

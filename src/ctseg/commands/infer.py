@@ -158,7 +158,7 @@ def _segment(
 ) -> tuple[RunPlan, list[Outcome]]:
     """How the CTs of `todo` are to be done; unless that is all that is asked for, what became of those of the part."""
     with importing():
-        from ctseg.engine.model import load_model, next_run_is_leaner, runtime_for, settles_rounding
+        from ctseg.engine.model import load_to_segment, next_run_is_leaner, runtime_for
         from ctseg.engine.process import stop_on_signal
 
     with (
@@ -167,8 +167,7 @@ def _segment(
         stop_on_signal() as stop_requested,
         make_progress(quiet) as progress,
     ):
-        exact = settles_rounding(path, fast=options.fast)
-        loaded = load_model(path, runtime, backend, progress.note, exact=exact)
+        loaded = load_to_segment(path, runtime, backend, progress.note, precision=precision, fast=options.fast)
         keep_to_the_end(loaded)
         if dry_run and next_run_is_leaner(loaded) and ASKED_AGAIN not in os.environ:
             _ask_again()
@@ -180,7 +179,7 @@ def _segment(
 
         check_no_clicks(loaded.recipe, path)
         fast = ", fast" if options.fast else ""
-        progress.note(f"model {path} on {runtime.describe()}, {loaded.backend}{fast}{_part(part)}")
+        progress.note(f"model {path} on {loaded.runtime.describe()}, {loaded.backend}{fast}{_part(part)}")
         plans = plan_run(
             loaded, todo, options, output, progress, max_bytes=max_bytes, measure=dry_run, overlays=overlays
         )

@@ -73,12 +73,12 @@ def validate(
     with folder_if_used(target), make_progress(quiet) as progress:
         from ctseg.engine.click_evaluate import evaluate_clicks, write_click_evaluation
         from ctseg.engine.evaluate import evaluate, write_evaluation
-        from ctseg.engine.model import fast_in_bfloat16, load_model, settles_rounding
+        from ctseg.engine.model import fast_in_bfloat16, load_to_segment
         from ctseg.engine.runtime import running
 
         with running(device, precision, amp=True, fast=fast and fast_in_bfloat16(path, backend)) as runtime:
-            loaded = load_model(path, runtime, backend, progress.note, exact=settles_rounding(path, fast=fast))
-            progress.note(f"model {path} on {runtime.describe()}, {loaded.backend}{', fast' if fast else ''}")
+            loaded = load_to_segment(path, runtime, backend, progress.note, precision=precision, fast=fast)
+            progress.note(f"model {path} on {loaded.runtime.describe()}, {loaded.backend}{', fast' if fast else ''}")
             _check_click_options(loaded.recipe, clicks, seed, overlays=overlays, fast=fast)
             listed = found or find_data(loaded.recipe.data.manifest, data, progress)
             cases = listed.split(split)

@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -178,11 +178,38 @@ def settles_rounding(path: Path, *, fast: bool) -> bool:
     return not (fast and path.suffix == ".pt" and _is_unet(path))
 
 
-def _is_unet(checkpoint: Path) -> bool:
-    def recipe() -> Recipe:
-        return recipe_from_dict(read_checkpoint(checkpoint).get("recipe"), f"recipe inside '{checkpoint}'")
+def load_to_segment(
+    path: Path,
+    runtime: Runtime,
+    backend: str | None = None,
+    note: Callable[[str], None] = lambda _: None,
+    *,
+    precision: str = "auto",
+    fast: bool = False,
+) -> Model:
+    """`load_model` for `ctseg infer` and `ctseg validate`, with the exact network beside it where that is needed.
 
-    return isinstance(recipe_of(_sha256(checkpoint), recipe).network, UNetSpec)
+    Where the backend was to be measured and torch was the fastest, `--fast` is in float32 but for UNets, as it is where
+    torch was asked for; a `precision` that was asked for stays.
+
+    Raises:
+        As `load_model`.
+    """
+    model = load_model(path, runtime, backend, note, exact=settles_rounding(path, fast=fast))
+    if fast and precision == "auto" and model.backend == "torch" and model.exact is not None:
+        return load_model(path, replace(runtime, precision="float32"), backend, note)
+    return model
+
+
+def _is_unet(checkpoint: Path) -> bool:
+    return isinstance(_recipe_of_version(checkpoint, _sha256(checkpoint)).network, UNetSpec)
+
+
+@functools.lru_cache(maxsize=8)
+def _recipe_of_version(checkpoint: Path, sha256: str) -> Recipe:
+    return recipe_of(
+        sha256, lambda: recipe_from_dict(read_checkpoint(checkpoint).get("recipe"), f"recipe inside '{checkpoint}'")
+    )
 
 
 def forward_of(network: nn.Module, runtime: Runtime) -> Forward:

@@ -175,6 +175,13 @@ def network_cost(model: Model) -> NetworkCost:
     return NetworkCost(seconds, window_bytes, _bytes_of_process() + window_bytes, again_seconds)
 
 
+def _seconds_again(windows: int, cost: NetworkCost, *, fast: bool) -> float:
+    """Of windows that run again in float32: with `fast` the most, when too many would have to and all do."""
+    if fast and cost.again_seconds:
+        return windows * (MOST_SHARE * cost.again_seconds + cost.again_seconds - cost.seconds)
+    return windows * AGAIN_SHARE * cost.again_seconds if windows * MOST_SHARE >= 1 else 0.0
+
+
 def _key(model: Model) -> str:
     facts = {
         "what": "cost of a window",
@@ -257,7 +264,8 @@ def plan_run(
         try:
             extent = case_extent(job, options)
             writing_bytes = _writing_bytes(job, extent, overlays)
-            plan_it = partial(plan_case, model, extent, cost, allowed, scratch, writing_bytes=writing_bytes, keep=keep)
+            plan_it = partial(plan_case, model, extent, cost, allowed, scratch, keep=keep, fast=options.fast)
+            plan_it = partial(plan_it, writing_bytes=writing_bytes)
             streamed, whole = plan_it(streamed=True), plan_it()
         except ImageError as error:
             streamed = whole = Plan(image=job.image, way=UNREADABLE, error=str(error))
@@ -301,6 +309,7 @@ def plan_case(
     writing_bytes: int = 0,
     keep: bool = False,
     streamed: bool = False,
+    fast: bool = False,
 ) -> Plan:
     """The first way that stays within `max_bytes`: in memory, the CT and its mask on disk, or the grids as well.
 
@@ -313,6 +322,7 @@ def plan_case(
         writing_bytes: Of memory while the mask is written, wherever the arrays lie.
         keep: Whether the CT is needed until its mask is written, and not only until it is prepared.
         streamed: Whether it is to be prepared while it is read, if it can be.
+        fast: Whether windows may be left out: the seconds are the most, then.
 
     Raises:
         ImageError: if the network's grid would have too many voxels.
@@ -322,8 +332,8 @@ def plan_case(
     windows = num_windows(grid, model.recipe.inference)
     streamed = streamed and extent.streams and not keep and model.runtime.device.type == "cpu"
     per_voxel = STREAMED_SECONDS_PER_VOXEL if streamed else SECONDS_PER_VOXEL
-    again = windows * AGAIN_SHARE if windows * MOST_SHARE >= 1 else 0
-    seconds = windows * cost.seconds + again * cost.again_seconds + SECONDS_PER_CASE + voxels * per_voxel
+    network_seconds = windows * cost.seconds + _seconds_again(windows, cost, fast=fast)
+    seconds = network_seconds + SECONDS_PER_CASE + voxels * per_voxel
     always_bytes = cost.base_bytes + int(cost.window_bytes * SPARE_SHARE) + SPARE_BYTES
     for way, placement in _ways(scratch, streamed=streamed):
         stage_bytes, volume_bytes, disk_bytes = _bytes(model, extent, grid, placement, keep=keep, streamed=streamed)

@@ -34,7 +34,7 @@ from ctseg.engine.clock import Clock
 from ctseg.engine.fast import covering, windows_to_refine
 from ctseg.engine.ladder import logits_within_memory, prepared_within_memory
 from ctseg.engine.model import Model
-from ctseg.engine.rounding import MOST_SHARE, TURNED, TURNED_FAST, Rounding
+from ctseg.engine.rounding import MOST_SHARE, Rounding
 from ctseg.engine.runtime import memory_errors
 from ctseg.engine.windows import Start, average, box_of, window_starts
 from ctseg.preprocess import Prepared, restore, slabs_of
@@ -90,7 +90,8 @@ def predict(
         on_window: Told of progress.
         clock: Told how long the stages "prepare", "network" and "restore" take.
         placement: Where arrays lie; it changes nothing else.
-        fast: Leaves out windows that would hardly change the mask, see `ctseg.engine.fast`.
+        fast: Leaves out windows that would hardly change the mask, see `ctseg.engine.fast`, and lets rounding turn more
+            of it, see `ctseg.engine.rounding`.
         note: Told what a user should know of how it was done.
 
     Raises:
@@ -208,9 +209,10 @@ def window_logits(
 
     Where the image is smaller than the window, windows are padded with zeros, half before and half after it. Axes have
     the image's order in memory. On the CPU the logits lie on the disk of `scratch`, if it is given. `fast` leaves out
-    windows that would hardly change the mask. Windows run in the order of their place along axis `by[0]`, ascending if
-    `by[1]` is 1, and each once `ready` has returned for its range there. Where the model has an exact network beside a
-    rounded one, windows whose rounding may have turned the mask run again on it; `note` is told if they are too many.
+    windows that would hardly change the mask, and lets rounding turn more of it. Windows run in the order of their
+    place along axis `by[0]`, ascending if `by[1]` is 1, and each once `ready` has returned for its range there. Where
+    the model has an exact network beside a rounded one, windows whose rounding may have turned the mask run again on
+    it; `note` is told if they are too many.
     """
     given, image_XYZ = image_XYZ, to_work_on(image_XYZ)
     if image_XYZ is not given:
@@ -233,7 +235,7 @@ def window_logits(
         done += group
         if on_window is not None:
             on_window(number, calls)
-    _settle_rounding(grid, done, model, on_window, note, TURNED_FAST if fast else TURNED)
+    _settle_rounding(grid, done, model, on_window, note, fast=fast)
     average(grid.total_CXYZ, done, grid.held)
     return as_asked(grid.total_CXYZ, device_of(given))
 
@@ -264,6 +266,11 @@ class _Grid:
         x, y, z = (slice((w - n) // 2, (w - n) // 2 + n) for n, w in zip(self.held, self.window, strict=True))
         return logits_BCXYZ[..., x, y, z]
 
+    def clear(self) -> None:
+        """Forgets what was added."""
+        for box in slabs_of(self.total_CXYZ):
+            self.total_CXYZ[box] = 0
+
     def add(self, start: Start, logits_CXYZ: Array, instead_of_CXYZ: Array | None = None) -> None:
         """Adds a window's logits, perhaps in place of others of it; what lies on a disk leaves the memory."""
         x, y, z = box_of(start, self.held)
@@ -281,16 +288,17 @@ def _settle_rounding(
     model: Model,
     on_window: OnWindow | None,
     note: Callable[[str], None],
-    turned: float,
+    *,
+    fast: bool,
 ) -> None:
     """Puts the exact network's logits in place of the rounded one's, until rounding turns no more than it may.
 
-    `turned` is that share of a structure's voxels. Which windows run again, and how many are too many, see
-    `ctseg.engine.rounding`.
+    Which windows those are, and how many are too many, see `ctseg.engine.rounding`. Where they are too many, `note` is
+    told, and with `fast`, which promises how much of the mask it may cost, all windows run again.
     """
-    if model.exact is None or len(done) * MOST_SHARE < 1:
+    if model.exact is None or (len(done) * MOST_SHARE < 1 and not fast):
         return
-    rounding = Rounding(grid.total_CXYZ, done, grid.held, turned)
+    rounding = Rounding(grid.total_CXYZ, done, grid.held, fast=fast)
     number, needed = 0, rounding.needed()
     while number < needed <= rounding.most:
         start = rounding.windows[number]
@@ -301,8 +309,17 @@ def _settle_rounding(
         if on_window is not None:
             to_run = number if needed > rounding.most else max(number, needed)
             on_window(len(done) + number, len(done) + to_run)
-    if needed > rounding.most:
+    if needed <= rounding.most:
+        return
+    if not fast:
         note(rounding.describe(number, tuple(model.recipe.labels.values())))
+        return
+    note("rounding would have turned too much of the mask: every window ran again; --precision float32 is faster here")
+    grid.clear()
+    for again, start in enumerate(done, start=1):
+        grid.add(start, grid.logits([start], model.exact)[0])
+        if on_window is not None:
+            on_window(len(done) + number + again, 2 * len(done) + number)
 
 
 def _groups(starts: Sequence[Start], batch: int, calls_before: int = 0) -> Iterator[tuple[Sequence[Start], int]]:

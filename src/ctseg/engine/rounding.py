@@ -22,12 +22,12 @@ NEAR_LOGIT = 0.2
 """Voxels whose averaged logit leads or trails by less are counted: P from 0.45 to 0.55."""
 TURNED = 0.001
 """Rounding may turn so many voxels of a structure, as a share of what was found of it: a Dice of 0.9995."""
-TURNED_FAST = 0.004
-"""With `--fast`: a Dice of 0.998."""
+TURNED_FAST = 0.003
+"""With `--fast`: a Dice of 0.9985."""
 LEAST_VOXELS = 1000
-"""Of a structure with fewer, as many as of one with so many: one voxel."""
+"""Of a structure with fewer, one voxel at least."""
 MOST_SHARE = 0.25
-"""Of all windows. Where more would have to run again, float32 from the start would have been faster."""
+"""Of the windows that ran. Where more would have to run again, float32 from the start would have been faster."""
 
 
 class Rounding:
@@ -37,7 +37,7 @@ class Rounding:
         total_CXYZ: The sum of the logits of all windows; one channel is the difference of two classes.
         windows: Their first voxels.
         held: What a window holds of the grid.
-        turned: How many voxels of a structure rounding may turn, as a share of what was found of it.
+        fast: Whether rounding may turn more.
 
     Attributes:
         windows: The same in the order in which they are to run again: first those that show what rounding does to each
@@ -45,17 +45,19 @@ class Rounding:
         most: How many of them may.
     """
 
-    def __init__(self, total_CXYZ: Array, windows: Sequence[Start], held: Start, turned: float = TURNED) -> None:
+    def __init__(self, total_CXYZ: Array, windows: Sequence[Start], held: Start, *, fast: bool = False) -> None:
         self._total_CXYZ, self._blocks = to_work_on(total_CXYZ), Blocks(windows, held)
         self._bounds_XYZ = self._blocks.covered_by(windows) * NEAR_LOGIT
         near_SXYZ, found_SXYZ = close_and_found(self._total_CXYZ, self._blocks, self._bounds_XYZ)
         self._voxels_S = found_SXYZ.sum(axis=(1, 2, 3))
-        self._may_turn_S = turned * np.maximum(self._voxels_S, LEAST_VOXELS)
+        turned = TURNED_FAST if fast else TURNED
+        self._may_turn_S = np.maximum(turned * self._voxels_S, TURNED * LEAST_VOXELS)
         turned_WS = self._blocks.of_windows(windows, near_SXYZ / (2 * self._bounds_XYZ))  # by an error of 1
         share_WS = turned_WS / self._may_turn_S
         showing = {int(share_WS[:, s].argmax()): None for s in np.flatnonzero(share_WS.sum(axis=0) > 1)}
         order = list(dict.fromkeys([*showing, *share_WS.max(axis=1).argsort(kind="stable")[::-1].tolist()]))
-        self.windows, self.most = [windows[number] for number in order], int(MOST_SHARE * len(windows))
+        self.windows = [windows[number] for number in order]
+        self.most = max(int(MOST_SHARE * len(windows)), int(fast))
         self._num_showing = min(len(showing), self.most)
         self._left_NS = np.cumsum(turned_WS[order[::-1]], axis=0)[::-1]
         """Of the windows from the Nth on."""
@@ -94,7 +96,7 @@ class Rounding:
         worst = int((left_S / self._may_turn_S).argmax())
         return (
             f"rounding has turned about {left_S[worst]:.0f} of {self._voxels_S[worst]} voxels of {names[worst]} on the "
-            f"network's grid, and too many windows would have to run again; --precision float32 has the exact mask"
+            f"network's grid, and too many windows would have to run again; --precision float32 does without rounding"
         )
 
     def _errors(self) -> NDArray[np.float64]:

@@ -14,7 +14,7 @@ from ctseg.server.problems import TooMany
 
 KEPT_LINES = 200
 STOP_SECONDS = 30.0
-"""After a request to stop, a task may save so long before it is ended."""
+"""After a request to stop, a task is waited for so long."""
 
 
 @dataclass
