@@ -176,9 +176,9 @@ def network_cost(model: Model) -> NetworkCost:
 
 
 def _seconds_again(windows: int, cost: NetworkCost, *, fast: bool) -> float:
-    """Of windows that run again in float32: with `fast` the most, when too many would have to and all do."""
+    """Of windows that run again in float32: with `fast` the most, when one shows that all have to."""
     if fast and cost.again_seconds:
-        return windows * (MOST_SHARE * cost.again_seconds + cost.again_seconds - cost.seconds)
+        return cost.again_seconds + windows * (cost.again_seconds - cost.seconds)
     return windows * AGAIN_SHARE * cost.again_seconds if windows * MOST_SHARE >= 1 else 0.0
 
 

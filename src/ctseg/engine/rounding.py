@@ -28,6 +28,8 @@ LEAST_VOXELS = 1000
 """Of a structure with fewer, one voxel at least."""
 MOST_SHARE = 0.25
 """Of the windows that ran. Where more would have to run again, float32 from the start would have been faster."""
+MOST_SHARE_FAST = 0.6
+"""With `--fast`, where all run again in float32 otherwise: one alone costs a window in each precision."""
 
 
 class Rounding:
@@ -57,7 +59,7 @@ class Rounding:
         showing = {int(share_WS[:, s].argmax()): None for s in np.flatnonzero(share_WS.sum(axis=0) > 1)}
         order = list(dict.fromkeys([*showing, *share_WS.max(axis=1).argsort(kind="stable")[::-1].tolist()]))
         self.windows = [windows[number] for number in order]
-        self.most = max(int(MOST_SHARE * len(windows)), int(fast))
+        self.most = max(int(MOST_SHARE_FAST * len(windows)), 1) if fast else int(MOST_SHARE * len(windows))
         self._num_showing = min(len(showing), self.most)
         self._left_NS = np.cumsum(turned_WS[order[::-1]], axis=0)[::-1]
         """Of the windows from the Nth on."""
