@@ -91,11 +91,10 @@ def count_values(labels: NDArray[np.uint8], number: int) -> NDArray[np.int64]:
     """How many voxels have each value from 0 on, for `number` values or as many as there are."""
     counts = np.zeros(256, dtype=np.int64)
     for slab in in_slabs(labels):
-        largest = int(slab.max(initial=0))
-        if largest > 1:
+        if slab.max(initial=0) > 1:
             counts += np.bincount(slab.ravel(order="K"), minlength=256)
-        else:  # as most slabs are; to look is far faster than to count
-            ones = int(np.count_nonzero(slab.view(np.bool_))) if largest else 0
+        else:  # as in most slabs; what is 0 or 1 is counted far faster
+            ones = int(np.count_nonzero(slab.view(np.bool_)))
             counts[0] += slab.size - ones
             counts[1] += ones
     return counts[: max(number, int(counts.nonzero()[0].max(initial=0)) + 1)]

@@ -259,13 +259,13 @@ def plan_run(
     keep = needs_voxels(options, overlays=overlays)
     alone: list[Plan] = []
     ahead: list[Plan] = []
+    plan_one = partial(plan_case, keep=keep, fast=options.fast)
     progress.start("reading headers", len(jobs))
     for job in jobs:
         try:
             extent = case_extent(job, options)
             writing_bytes = _writing_bytes(job, extent, overlays)
-            plan_it = partial(plan_case, model, extent, cost, allowed, scratch, keep=keep, fast=options.fast)
-            plan_it = partial(plan_it, writing_bytes=writing_bytes)
+            plan_it = partial(plan_one, model, extent, cost, allowed, scratch, writing_bytes=writing_bytes)
             streamed, whole = plan_it(streamed=True), plan_it()
         except ImageError as error:
             streamed = whole = Plan(image=job.image, way=UNREADABLE, error=str(error))

@@ -70,6 +70,9 @@ class Placement:
 
 
 IN_MEMORY = Placement()
+ALL_RAN_AGAIN = (
+    "rounding would have turned too much of the mask: every window ran again; --precision float32 is faster here"
+)
 
 
 def predict(
@@ -309,17 +312,22 @@ def _settle_rounding(
         if on_window is not None:
             to_run = number if needed > rounding.most else max(number, needed)
             on_window(len(done) + number, len(done) + to_run)
-    if needed <= rounding.most:
-        return
-    if not fast:
+    if needed > rounding.most and fast:
+        note(ALL_RAN_AGAIN)
+        _run_all_again(grid, done, model.exact, on_window, calls_before=len(done) + number)
+    elif needed > rounding.most:
         note(rounding.describe(number, tuple(model.recipe.labels.values())))
-        return
-    note("rounding would have turned too much of the mask: every window ran again; --precision float32 is faster here")
+
+
+def _run_all_again(
+    grid: _Grid, done: Sequence[Start], forward: Forward, on_window: OnWindow | None, calls_before: int
+) -> None:
+    """The sum of what another network says of the windows, in place of all that was added."""
     grid.clear()
-    for again, start in enumerate(done, start=1):
-        grid.add(start, grid.logits([start], model.exact)[0])
+    for number, start in enumerate(done, start=calls_before + 1):
+        grid.add(start, grid.logits([start], forward)[0])
         if on_window is not None:
-            on_window(len(done) + number + again, 2 * len(done) + number)
+            on_window(number, calls_before + len(done))
 
 
 def _groups(starts: Sequence[Start], batch: int, calls_before: int = 0) -> Iterator[tuple[Sequence[Start], int]]:
