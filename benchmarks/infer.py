@@ -2,7 +2,7 @@
 
     python benchmarks/infer.py --model runs/spleen-001 | --fresh lung [--volume CT.nii.gz ...]
         [--way bundle chain tiling torch:float32 openvino:float32 openvino:bfloat16 openvino:fast]
-        [--window 96 96 96] [--overlap 0.5] [--repetitions 5]
+        [--window 96 96 96] [--overlap 0.5] [--repetitions 5] [--device cuda]
 
 "bundle" is `python -m monai.bundle run` of the checkpoint exported as a MONAI bundle, the way of MONAI's Model Zoo;
 "chain" and "tiling" are in `stock.py`. BACKEND:PRECISION and BACKEND:fast are the command `ctseg infer` as anyone types
@@ -12,6 +12,7 @@ way of ctseg runs once with an empty cache of compiled networks ("cold"). Files 
 Without --volume made CTs of 512 x 512 x 120 and 512 x 512 x 400 are used; `made:1000` makes one of 1000 slices.
 --window and --overlap replace the recipe's. --fresh takes a recipe with made weights,
 where nothing was trained: its masks mean nothing, but they must be the same. Ratios are against the first way.
+All ways run on --device; with "cpu", the default, none sees a GPU. Peak memory is that of the process on the host.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class Subject:
     bundle: Path
     volume: Path
     folder: Path
+    device: str
 
     def masks(self, way: str) -> Path:
         """The folder of a way's mask."""
@@ -76,10 +78,10 @@ class Subject:
         if way in OTHERS:
             stock = str(Path(__file__).with_name("stock.py"))
             files = ["--volume", str(self.volume), "--mask", str(output / "ct_seg.nii.gz")]
-            return [sys.executable, stock, way, "--model", str(self.checkpoint), *files]
+            return [sys.executable, stock, way, "--model", str(self.checkpoint), "--device", self.device, *files]
         backend, precision = way.split(":")
         how = ["--fast"] if precision == "fast" else ["--precision", precision]
-        common = ["--device", "cpu", "--backend", backend, "--json", "--quiet", "--overwrite"]
+        common = ["--device", self.device, "--backend", backend, "--json", "--quiet", "--overwrite"]
         files = [str(self.volume), "--model", str(self.checkpoint), "--output", str(output)]
         return [sys.executable, "-m", "ctseg", "infer", *files, *common, *how]
 
@@ -197,6 +199,13 @@ def make_bundle(checkpoint: Path, folder: Path) -> None:
     export_bundle(checkpoint, folder, start_runtime("cpu"))
 
 
+def describe_gpu() -> str:
+    """One line about the GPU that a run takes."""
+    import torch
+
+    return f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}, CUDA {torch.version.cuda}"
+
+
 def main() -> None:
     """Parses the command line and prints a table for every volume."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -208,11 +217,16 @@ def main() -> None:
     parser.add_argument("--overlap", type=float)
     parser.add_argument("--way", nargs="+", default=list(WAYS))
     parser.add_argument("--repetitions", type=int, default=5, help="0: a single round")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = parser.parse_args()
+    if options.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the bundle takes a GPU where it sees one
     print(machine())
     found: dict[str, list[float]] = {}
     # What takes memory is done elsewhere, as the peak of a child begins with that of its parent.
     with tempfile.TemporaryDirectory() as temporary, ProcessPoolExecutor(1, get_context("spawn")) as elsewhere:
+        if options.device == "cuda":
+            print(elsewhere.submit(describe_gpu).result())
         folder = Path(temporary)
         os.environ["CTSEG_CACHE"] = str(folder / "cache")
         checkpoint = elsewhere.submit(make_checkpoint, options, folder).result()
@@ -223,7 +237,7 @@ def main() -> None:
             place = folder / str(number)
             place.mkdir()
             volume = elsewhere.submit(make_volume, name, place).result()
-            subject = Subject(checkpoint, bundle, volume, place)
+            subject = Subject(checkpoint, bundle, volume, place, options.device)
             for way, dice in compare(subject, options.way, options.repetitions, elsewhere).items():
                 found.setdefault(way, []).append(dice)
     print("\nDice against the first way's masks, mean and lowest:")

@@ -1,6 +1,6 @@
 """How others run the same network on the same CT: workers of `infer.py`, each a process of its own.
 
-    python benchmarks/stock.py chain|tiling --model best.pt --volume CT.nii.gz --mask MASK.nii.gz
+    python benchmarks/stock.py chain|tiling --model best.pt --volume CT.nii.gz --mask MASK.nii.gz [--device cuda]
 
 "chain" is MONAI's chain as its bundles write it: LoadImage, EnsureChannelFirst, Orientation, Spacing,
 ScaleIntensityRange, SlidingWindowInferer, softmax, Invert (linear), argmax, SaveImage. "tiling" is the way of nnU-Net,
@@ -33,8 +33,8 @@ class Stages:
         self._last = now
 
 
-def load(checkpoint: Path) -> tuple[dict[str, Any], Any]:
-    """The recipe as plain data, and the network: a class of MONAI's with the recipe's numbers."""
+def load(checkpoint: Path, device: str) -> tuple[dict[str, Any], Any]:
+    """The recipe as plain data, and the network on the device: a class of MONAI's with the recipe's numbers."""
     import torch
 
     from ctseg.networks import network_for
@@ -43,10 +43,10 @@ def load(checkpoint: Path) -> tuple[dict[str, Any], Any]:
     content = torch.load(checkpoint, weights_only=True)
     network = network_for(recipe_from_dict(content["recipe"], "checkpoint")).eval()
     network.load_state_dict(content.get("average") or content["model"])
-    return content["recipe"], network
+    return content["recipe"], network.to(device)
 
 
-def run_chain(checkpoint: Path, volume: Path, mask: Path) -> dict[str, float]:
+def run_chain(checkpoint: Path, volume: Path, mask: Path, device: str) -> dict[str, float]:
     """MONAI's chain; the mask is written beside `mask` under a name of MONAI's."""
     stages = Stages()
     import monai.transforms as mt
@@ -54,7 +54,7 @@ def run_chain(checkpoint: Path, volume: Path, mask: Path) -> dict[str, float]:
     from monai.data.meta_tensor import MetaTensor
     from monai.inferers.inferer import SlidingWindowInferer
 
-    recipe, network = load(checkpoint)
+    recipe, network = load(checkpoint, device)
     spec, window = recipe["preprocess"], recipe["inference"]
     low, high = spec["hu_window"]
     inferer = SlidingWindowInferer(window["window_size"], window["batch_windows"], window["overlap"])
@@ -64,7 +64,7 @@ def run_chain(checkpoint: Path, volume: Path, mask: Path) -> dict[str, float]:
             mt.Orientationd("image", axcodes="RAS"),
             mt.Spacingd("image", pixdim=spec["spacing_mm"], mode="bilinear"),
             mt.ScaleIntensityRanged("image", low, high, 0.0, 1.0, clip=True),
-            mt.EnsureTyped("image"),
+            mt.EnsureTyped("image", device=device),
         ]
     )
     post = mt.Compose(
@@ -90,7 +90,7 @@ def run_chain(checkpoint: Path, volume: Path, mask: Path) -> dict[str, float]:
     return stages.seconds
 
 
-def run_tiling(checkpoint: Path, volume: Path, mask: Path) -> dict[str, float]:
+def run_tiling(checkpoint: Path, volume: Path, mask: Path, device: str) -> dict[str, float]:
     """nnU-Net's way with this network, spacing, intensities and windows."""
     stages = Stages()
     import numpy as np
@@ -99,7 +99,7 @@ def run_tiling(checkpoint: Path, volume: Path, mask: Path) -> dict[str, float]:
     from monai.inferers.inferer import SlidingWindowInferer
     from scipy import ndimage
 
-    recipe, network = load(checkpoint)
+    recipe, network = load(checkpoint, device)
     spec, window = recipe["preprocess"], recipe["inference"]
     low, high = spec["hu_window"]
     inferer = SlidingWindowInferer(window["window_size"], 1, window["overlap"], mode="gaussian")
@@ -111,7 +111,7 @@ def run_tiling(checkpoint: Path, volume: Path, mask: Path) -> dict[str, float]:
     prepared = (np.clip(ndimage.zoom(array, zoom, order=3, mode="nearest"), low, high) - low) / (high - low)
     stages.lap("prepare")
     with torch.no_grad():
-        logits = inferer(torch.from_numpy(prepared)[None, None], network)[0].numpy()
+        logits = inferer(torch.from_numpy(prepared)[None, None].to(device), network)[0].cpu().numpy()
     stages.lap("network")
     back = [n / m for n, m in zip(array.shape, logits.shape[1:], strict=True)]
     labels = np.argmax([ndimage.zoom(channel, back, order=1, mode="nearest") for channel in logits], axis=0)
@@ -129,9 +129,10 @@ def main() -> None:
     parser.add_argument("way", choices=("chain", "tiling"))
     for name in ("--model", "--volume", "--mask"):
         parser.add_argument(name, type=Path, required=True)
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     run = run_chain if options.way == "chain" else run_tiling
-    print(json.dumps(run(options.model, options.volume, options.mask)))
+    print(json.dumps(run(options.model, options.volume, options.mask, options.device)))
 
 
 if __name__ == "__main__":
