@@ -99,6 +99,10 @@ def test_lists_and_manifests_name_files_beside_them(here: Path) -> None:
     entries = {"training": [{"image": "a.nii.gz", "label": "x.nii.gz"}], "test": ["b/ct.nii.gz", "c/ct.nii.gz"]}
     Path("data/list.json").write_text(json.dumps(entries))
     assert masks([Path("data/list.json")]) == expected
+    Path("data/LIST.CSV").write_text(
+        "image,label,split\na.nii.gz,x.nii.gz,training\nb/ct.nii.gz,,\nc/ct.nii.gz,,test\n"
+    )
+    assert masks([Path("data/LIST.CSV")]) == expected
 
 
 def test_masks_of_an_earlier_run_inside_the_input_are_not_cts(here: Path) -> None:

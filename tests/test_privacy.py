@@ -2,6 +2,7 @@
 
 import hashlib
 import hmac
+import os
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -53,6 +54,16 @@ def test_the_key_is_made_once_and_only_its_owner_reads_it(config: Path) -> None:
 def test_processes_that_start_together_agree_on_one_key(config: Path) -> None:
     with ThreadPoolExecutor(16) as pool:
         assert len(set(pool.map(lambda _: pseudonym_key(), range(64)))) == 1
+    assert [path.name for path in config.iterdir()] == ["pseudonym.key"]
+
+
+def test_a_key_is_made_where_the_file_system_has_no_hard_links(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    first = pseudonym_key()
+    assert pseudonym_key() == first
     assert [path.name for path in config.iterdir()] == ["pseudonym.key"]
 
 

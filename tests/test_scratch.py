@@ -104,6 +104,19 @@ def test_a_full_disk_is_an_error_and_not_a_signal(mount: Callable[[str], Path]) 
     assert array.all()
 
 
+def test_where_the_system_cannot_take_room_zeros_do(
+    mount: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on macOS."""
+    monkeypatch.delattr(os, "posix_fallocate")
+    disk = mount("size=3m")
+    array = new_array((3, 2**19 + 1), np.int8, disk)
+    assert not array.any()
+    assert (os.statvfs(disk).f_blocks - os.statvfs(disk).f_bfree) * os.statvfs(disk).f_bsize >= array.size
+    with pytest.raises(OutputError, match="No space left on device"):
+        new_array((2**22,), np.int8, disk)
+
+
 def test_a_read_only_disk_is_an_error(mount: Callable[[str], Path]) -> None:
     with pytest.raises(OutputError, match="Read-only file system"):
         new_array(SIZE, np.int16, mount("ro"))

@@ -32,6 +32,7 @@ class Drawing:
     share: Annotated[float, Range(at_least=0, below=1)] = 0.5
     filled: bool = False
     style: Literal["thin", "thick"] = "thin"
+    dashes: Literal[1, 2] = 1
     colours: tuple[int, ...] = ()
     names: dict[str, str] | None = None
 
@@ -60,7 +61,7 @@ def test_a_whole_instance():
     ("change", "expected"),
     [
         ({"nam": "x"}, "nam: unknown key; did you mean 'name'?"),
-        ({"zzz": 1}, "zzz: unknown key; known: shape, name, count, share, filled, style, colours, names"),
+        ({"zzz": 1}, "zzz: unknown key; known: shape, name, count, share, filled, style, dashes, colours, names"),
         ({"name": 1}, "name: expected str, got 1"),
         ({"count": 1.0}, "count: expected int, got 1.0"),
         ({"count": True}, "count: expected int, got True"),
@@ -76,6 +77,8 @@ def test_a_whole_instance():
         ({"filled": 1}, "filled: expected bool, got 1"),
         ({"style": "bold"}, "style: expected one of thin, thick, got 'bold'"),
         ({"style": ["thin"]}, "style: expected one of thin, thick, got ['thin']"),
+        ({"dashes": 2.0}, "dashes: expected one of 1, 2, got 2.0"),
+        ({"dashes": True}, "dashes: expected one of 1, 2, got True"),
         ({"colours": 5}, "colours: expected a list, got 5"),
         ({"colours": [1, "red"]}, "colours[1]: expected int, got 'red'"),
         ({"colours": "12"}, "colours: expected a list, got '12'"),

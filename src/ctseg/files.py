@@ -3,16 +3,38 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from io import BufferedIOBase
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ctseg.errors import OutputError
+
+BLOCK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Digest:
+    """Which bytes something is made of: their SHA-256 as hexadecimal digits, and how many they are."""
+
+    sha256: str
+    num_bytes: int
+
+
+def digest_of(file: IO[bytes] | BufferedIOBase) -> Digest:
+    """The digest of what is left of an open file."""
+    sha256, num_bytes = hashlib.sha256(), 0
+    while block := file.read(BLOCK_BYTES):
+        sha256.update(block)
+        num_bytes += len(block)
+    return Digest(sha256.hexdigest(), num_bytes)
 
 
 @contextmanager
@@ -75,6 +97,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def sync_contents(folder: Path) -> None:
+    """Waits until all that a folder holds is on the disk."""
+    for path in folder.rglob("*"):
+        _sync(path)
+
+
 def _sync(path: Path) -> None:
     """Waits until a file's bytes, or a folder's entries, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -129,8 +157,7 @@ def atomic_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
         try:
             temporary.mkdir(parents=True)
             yield temporary
-            for path in temporary.rglob("*"):
-                _sync(path)
+            sync_contents(temporary)
             if is_there(folder):
                 _exchange(folder, temporary)
             else:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ctseg import slurm
+from ctseg.datalists import LIST_SUFFIXES
 from ctseg.dicom_jobs import check_distinct, find_ct_series, is_dicom_or_zip
 from ctseg.errors import CtsegError
 from ctseg.manifest import IMAGE_SUFFIXES, image_stem, is_image_name, read_manifest
@@ -185,7 +186,7 @@ def find_jobs(
             images, others = _files_below(path, output)
             found += [(image, image.relative_to(path)) for image in images]
             in_dicom += [path] if others else []
-        elif path.suffix in (".txt", ".json"):
+        elif path.name.lower().endswith(LIST_SUFFIXES):
             found += _told_apart([case.image for case in read_manifest(path).cases])
         elif path.exists():
             if is_image_name(path) or not is_dicom_or_zip(path):

@@ -22,6 +22,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from ctseg.files import output_errors
 
+BLOCK_BYTES = 2**20
 SLAB_VOXELS = 2**20
 """Slabs have about this many voxels."""
 MAPPED_BYTES = 2**20
@@ -113,5 +114,15 @@ def _in_memory(size: int) -> mmap.mmap:
 
 def _on_disk(size: int, folder: Path) -> mmap.mmap:
     with output_errors(folder), tempfile.TemporaryFile(dir=folder) as file:
-        os.posix_fallocate(file.fileno(), 0, size)  # a write to a mapped page that the disk lacks ends the process
+        _take_room(file.fileno(), size)  # a write to a mapped page that the disk lacks ends the process
         return mmap.mmap(file.fileno(), size)
+
+
+def _take_room(descriptor: int, size: int) -> None:
+    """Makes a new file `size` bytes long, all of which the disk has room for; OSError if it has not."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+        return
+    zeros = bytes(BLOCK_BYTES)  # macOS
+    for start in range(0, size, BLOCK_BYTES):
+        os.pwrite(descriptor, zeros[: size - start], start)

@@ -100,7 +100,7 @@ def _read_value(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
     if origin in (Union, types.UnionType):
         return _read_union(get_args(hint), value, path, problems)
     if origin is Literal:
-        if value not in get_args(hint) or isinstance(value, bool) != isinstance(get_args(hint)[0], bool):
+        if not any(value == option and type(value) is type(option) for option in get_args(hint)):
             problems.append(f"{path}: expected one of {', '.join(map(str, get_args(hint)))}, got {value!r:.200}")
         return value
     if origin is tuple:

@@ -274,6 +274,19 @@ def test_several_problems_stand_on_several_lines(here: Path, run_cli: Callable[.
     assert len(result.err.splitlines()) == 3
 
 
+def test_processes_are_given_what_was_typed(
+    here: Path, run_cli: Callable[..., Any], tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The run's folder stands before a --, after which nothing is an option."""
+    seen: list[list[str]] = []
+    monkeypatch.setattr("ctseg.engine.launch.launch", lambda number, arguments: seen.append([str(number), *arguments]))
+    typed = ["--manifest", str(tiny_data), "--device", "cpu", "--gpus", "2", "--", "spleen:small"]
+    assert run_cli(here, "train", *typed).code == 0
+    (given,) = seen
+    assert given[:3] == ["2", "train", "--output"]
+    assert given[4:] == typed
+
+
 def test_more_gpus_than_there_are(here: Path, run_cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch):
     """Whether the data are there or not: no GPU is the first thing to know."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)

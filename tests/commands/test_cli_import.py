@@ -305,6 +305,21 @@ def test_ahnet_with_its_defaults_and_half_a_cosine(cli: Callable[..., Any], tmp_
     assert plain["schedule"]["final_fraction"] == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize(("old", "new"), [("Unet", "UNet"), ("unet", "UNet"), ("SegResnet", "SegResNet")])
+def test_networks_by_their_names_before_monai_1_0(cli: Callable[..., Any], tmp_path: Path, old: str, new: str):
+    files = mmar_40() if new == "UNet" else mmar_41()
+    training = files["config_train.json"]["train"]
+    assert training["model"]["name"] == new
+    write_files(tmp_path / "new", files)
+    training["model"]["name"] = old
+    write_files(tmp_path / "old", files)
+    recipes = []
+    for name in ("new", "old"):
+        assert cli("import-mmar", name, "--output", f"from-{name}").code == 0
+        recipes.append(load_recipe(str(tmp_path / f"from-{name}" / "recipe.toml")).network)
+    assert recipes[0] == recipes[1]
+
+
 def test_data_named_at_import_becomes_absolute(cli: Callable[..., Any], tmp_path: Path):
     write_files(tmp_path / "old", mmar_40())
     result = cli("import-mmar", "old", "--output", "new", "--data", "images")

@@ -259,7 +259,26 @@ def test_what_a_killed_process_of_the_same_id_left_does_not_matter(own_case, tin
     left.mkdir(parents=True)
     (left / "image.npy").write_bytes(b"half")
     assert prepare_bank((own_case,), tiny_recipe, tmp_path, Silent()).made == ("ct",)
+    assert set(folder.iterdir()) == {left, case_folder(folder, own_case)}  # it goes after a day
+
+
+def test_processes_of_one_number_on_two_nodes_do_not_take_each_others_files(
+    own_case, tiny_recipe, tmp_path, monkeypatch
+) -> None:
+    """Both write the same case, the second one while the first one is at it."""
+    save = np.save
+
+    def interrupted(*args):
+        monkeypatch.setattr(bank.np, "save", save)
+        folder = bank_folder(tmp_path, tiny_recipe)
+        bank._prepare_case(case_folder(folder, own_case), own_case, tiny_recipe)
+        save(*args)
+
+    monkeypatch.setattr(bank.np, "save", interrupted)
+    assert prepare_bank((own_case,), tiny_recipe, tmp_path, Silent()).made == ("ct",)
+    folder = bank_folder(tmp_path, tiny_recipe)
     assert list(folder.iterdir()) == [case_folder(folder, own_case)]
+    assert open_one(own_case, tiny_recipe, tmp_path).image_XYZ.any()
 
 
 def test_a_case_made_by_another_process_meanwhile_is_accepted(own_case, tiny_recipe, tmp_path, monkeypatch) -> None:
@@ -347,24 +366,6 @@ def test_several_at_once_give_the_same_bits_as_one(tiny_manifest, tiny_recipe: R
         files = [case_folder(r.folder, case) / f"{name}.npy" for case in cases for r in (alone, together)]
         assert all(a.read_bytes() == b.read_bytes() for a, b in zip(files[::2], files[1::2], strict=True))
     assert torch.get_num_threads() == threads
-
-
-def test_each_case_has_one_thread(tiny_manifest, tiny_recipe: Recipe, tmp_path: Path, monkeypatch) -> None:
-    prepare_alone, seen = bank.prepare_image, []
-
-    def noted(*args):
-        seen.append(torch.get_num_threads())
-        return prepare_alone(*args)
-
-    monkeypatch.setattr(bank, "prepare_image", noted)
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        prepare_bank(tiny_manifest.split("training"), tiny_recipe, tmp_path, Silent(), workers=3)
-        assert torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(before)
-    assert seen == [1, 1, 1]
 
 
 def test_a_bad_case_does_not_keep_others_that_run_beside_it_from_being_done(

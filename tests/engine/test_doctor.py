@@ -42,6 +42,20 @@ def test_a_missing_library_is_an_error(monkeypatch) -> None:
     assert found("no-such-library") == Check("no-such-library", "error", "not installed", "pip install no-such-library")
 
 
+def test_what_ctseg_needs_besides_is_told_only_if_it_is_missing(monkeypatch) -> None:
+    installed = importlib.metadata.version
+    names = {check.name for check in examine()}
+    assert not names & {"pydicom", "highdicom", "connected-components-3d"}
+
+    def version(name: str) -> str:
+        if name == "highdicom":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert found("highdicom") == Check("highdicom", "error", "not installed", "pip install highdicom")
+
+
 @pytest.mark.parametrize(
     ("version", "level"),
     [("2.9.0", "warning"), ("2.9.1+cu128", "warning"), ("2.8.0", "ok"), ("2.10.0", "ok"), ("2.13.0+cpu", "ok")],

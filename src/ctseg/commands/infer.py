@@ -53,7 +53,9 @@ ASKED_AGAIN = "CTSEG_ASKED_AGAIN"
 def infer(
     inputs: Annotated[
         list[Path],
-        typer.Argument(metavar="INPUT...", help="CT files, DICOM files or zip archives, folders, lists (.txt, .json)."),
+        typer.Argument(
+            metavar="INPUT...", help="CT files, DICOM files or zip archives, folders, lists (.json, .txt, .csv)."
+        ),
     ],
     output: Annotated[Path, typer.Option(help="Folder of the masks.")],
     model: ModelOption = None,

@@ -160,7 +160,8 @@ def run_training(
     check_data(plan, o)
     start = None if o.resume or make_start is None else make_start(wanted)
     if o.gpus is not None and o.gpus > 1 and not is_launched():
-        launch(o.gpus, [*sys.argv[1:], "--output", str(run)])
+        command, *arguments = sys.argv[1:]
+        launch(o.gpus, [command, "--output", str(run), *arguments])  # first, as -- may follow
         return
     from ctseg.engine import train as engine
     from ctseg.engine.process import stop_on_signal

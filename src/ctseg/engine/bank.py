@@ -13,10 +13,10 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from ctseg.engine.estimate import check_space, estimate
 from ctseg.errors import CtsegError, ImageError, ManifestError, Stopped, list_problems
-from ctseg.files import make_folder, output_errors
+from ctseg.files import make_folder, output_errors, sync_contents
 from ctseg.io.images import read_image, read_labels
 from ctseg.manifest import Case
 from ctseg.organs import index_organs
@@ -108,10 +108,9 @@ def prepare_bank(
     progress.start(f"preparing {recipe.name}", len(cases))
     for name in ready:
         progress.advance(name)
-    with _one_thread_each():
-        for case, problem in in_parallel(partial(_try_case, folder, recipe), todo, at_once, stop_requested):
-            problems[case] = problem
-            progress.advance(case.name)
+    for case, problem in in_parallel(partial(_try_case, folder, recipe), todo, at_once, stop_requested):
+        problems[case] = problem
+        progress.advance(case.name)
     if len(problems) < len(todo):
         number = len(ready) + sum(problem is None for problem in problems.values())
         raise Stopped(
@@ -124,17 +123,6 @@ def prepare_bank(
         raise ManifestError(list_problems("data set", told))
     num_bytes = sum(f.stat().st_size for case in cases for f in case_folder(folder, case).iterdir())
     return BankReport(tuple(case.name for case in todo), ready, folder, num_bytes)
-
-
-@contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """PyTorch with one thread for each case: slabs are so small that more of them cost more than they give."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _try_case(folder: Path, recipe: Recipe, case: Case) -> str | None:
@@ -266,14 +254,15 @@ def _foreground_box(image_XYZ: NDArray[np.float32]) -> tuple[slice, ...]:
 
 def _write_case(folder: Path, case: Case, arrays: dict[str, NDArray[Any]], description: dict[str, Any]) -> None:
     """All files of a case in a temporary folder, then one rename; `case.json` marks a whole case."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    # Two nodes may have the same process numbers and make the same case.
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     with output_errors(folder):
         try:
-            shutil.rmtree(temporary, ignore_errors=True)  # a killed run in a container may have had our process id
             temporary.mkdir(parents=True)
             for name, array in arrays.items():
                 np.save(temporary / f"{name}.npy", np.ascontiguousarray(array))
             (temporary / "case.json").write_text(json.dumps(description))
+            sync_contents(temporary)
             if not _is_ready(folder, case):  # unless another run has made it meanwhile, and may be reading it
                 shutil.rmtree(folder, ignore_errors=True)
                 temporary.rename(folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 import ctseg
 from ctseg.engine.model import Model
 from ctseg.errors import ImageError
-from ctseg.files import make_folder
+from ctseg.files import Digest, digest_of, make_folder
 from ctseg.io import Extent
 from ctseg.io.images import check_ct, read_extent, read_image, write_labels
 from ctseg.io.stream import CTStream
@@ -21,11 +21,8 @@ from ctseg.jobs import Job, Options
 from ctseg.volume import Geometry, Volume
 
 if TYPE_CHECKING:
-    from zipfile import ZipExtFile
-
     from ctseg.io.dicom.read import DicomCT
 
-BLOCK_BYTES = 1 << 20
 DICOM_FORMATS = ("dicom-seg", "rtstruct")
 
 
@@ -49,20 +46,6 @@ class ReadCase:
     def without_voxels(self) -> ReadCase:
         """What an image file of the mask needs: the CT's grid and the notes."""
         return ReadCase(_no_voxels(self.volume.geometry), None, self.notes)
-
-
-@dataclass(frozen=True)
-class Digest:
-    """Which bytes a CT was made of.
-
-    Attributes:
-        sha256: Of an image file. Of a DICOM series, that of the sorted SHA-256 of its files, one a line: the same
-            for a folder and a zip archive of it.
-        num_bytes: Of all its files, unpacked from an archive.
-    """
-
-    sha256: str
-    num_bytes: int
 
 
 def case_extent(job: Job, options: Options) -> Extent:
@@ -147,31 +130,35 @@ def write_mask(job: Job, case: ReadCase, mask: NDArray[np.uint8], model: Model, 
 def digest_input(job: Job) -> Digest:
     """The digest of a CT's files, which are read for it: a fraction of the time that reading the CT takes.
 
+    Of a DICOM series it is that of the sorted SHA-256 of its files, one a line, and their bytes unpacked from an
+    archive: the same for a folder and a zip archive of it.
+
     Raises:
         ImageError: if they cannot be read.
     """
     if job.series is None:
-        try:
-            with job.image.open("rb") as file:
-                return _digest(file)
-        except OSError as error:
-            raise ImageError(f"cannot read '{job.image}': {error.strerror or error}; check the path") from error
+        return digest_file(job.image)
     from ctseg.io.dicom.headers import BROKEN_FILE, reason
 
     digests = []
     for source in {(one.source.path, one.source.member): one.source for one in job.series}.values():
         try:
             with source.open() as file:
-                digests.append(_digest(file))
+                digests.append(digest_of(file))
         except BROKEN_FILE as error:
             raise ImageError(f"cannot read '{source.shown}': {reason(error)}") from error
     lines = "".join(f"{sha256}\n" for sha256 in sorted(one.sha256 for one in digests))
     return Digest(hashlib.sha256(lines.encode()).hexdigest(), sum(one.num_bytes for one in digests))
 
 
-def _digest(file: IO[bytes] | ZipExtFile) -> Digest:
-    sha256, num_bytes = hashlib.sha256(), 0
-    while block := file.read(BLOCK_BYTES):
-        sha256.update(block)
-        num_bytes += len(block)
-    return Digest(sha256.hexdigest(), num_bytes)
+def digest_file(image: Path) -> Digest:
+    """The digest of a CT's file.
+
+    Raises:
+        ImageError: if it cannot be read.
+    """
+    try:
+        with image.open("rb") as file:
+            return digest_of(file)
+    except OSError as error:
+        raise ImageError(f"cannot read '{image}': {error.strerror or error}; check the path") from error

@@ -8,7 +8,6 @@ torch itself does not notice a changed byte among the weights; here the file's o
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import pickle
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import ctseg
 from ctseg.errors import ModelError
-from ctseg.files import atomic_path
+from ctseg.files import atomic_path, digest_of
 
 if TYPE_CHECKING:
     import torch
@@ -134,14 +133,11 @@ def file_sha256(path: Path) -> str:
     Raises:
         ModelError: if it cannot be read.
     """
-    digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+            return digest_of(file).sha256
     except OSError as error:
         raise ModelError(f"model '{path}': cannot be read: {error.strerror}") from error
-    return digest.hexdigest()
 
 
 def _first_line(error: Exception) -> str:

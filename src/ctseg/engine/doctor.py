@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from ctseg.engine.process import cpu_has_bfloat16
 from ctseg.limits import available_cpus, memory_limit
 
 LIBRARIES = ("torch", "monai", "SimpleITK", "nibabel", "isal", "numpy", "onnxruntime", "tensorboard")
+"""Their versions are told; of others that ctseg needs only that they are missing."""
 MIN_MEMORY_GB = 4.0
 MIN_DISK_GB = 5.0
 MIN_SHARED_MEMORY_GB = 0.5
@@ -56,13 +58,20 @@ def _system() -> Check:
 
 def _libraries() -> list[Check]:
     checks = []
-    for name in LIBRARIES:
+    for name in (*LIBRARIES, *(name for name in _required() if name not in LIBRARIES)):
         versions = [v for v in map(_version, (name, f"{name}-gpu")) if v]  # onnxruntime has a build for GPUs
-        if versions:
+        if versions and name in LIBRARIES:
             checks.append(Check(name, "ok", versions[0]))
-        else:
+        elif not versions:
             checks.append(Check(name, "error", "not installed", f"pip install {name}"))
     return checks
+
+
+def _required() -> list[str]:
+    """What ctseg cannot do without on any system, by the name that pip knows."""
+    requirements = importlib.metadata.requires("ctseg") or []
+    names = (re.match(r"[\w.-]+", text) for text in requirements if ";" not in text)  # else an extra, or an old Python
+    return [found[0] for found in names if found]
 
 
 def _version(distribution: str) -> str | None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from ctseg.engine.cases import Digest, ReadCase, digest_input, needs_voxels, open_case, read_case, write_mask
+from ctseg.engine.cases import ReadCase, digest_input, needs_voxels, open_case, read_case, write_mask
 from ctseg.engine.clock import Clock
 from ctseg.engine.folder import claim, drop_old_failures, record_failure
 from ctseg.engine.model import Model
@@ -25,7 +25,7 @@ from ctseg.engine.process import peak_memory_bytes
 from ctseg.engine.run_manifest import RunManifest, open_run_manifest, run_facts
 from ctseg.engine.runtime import memory_errors
 from ctseg.errors import ImageError, NotEnoughMemory, Stopped
-from ctseg.files import make_folder
+from ctseg.files import Digest, make_folder
 from ctseg.io.images import write_labels
 from ctseg.jobs import PLAIN, Job, Options, Shard
 from ctseg.manifest import image_stem

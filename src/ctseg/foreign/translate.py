@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 
 from ctseg.foreign.configs import Component, Config, Expression
 from ctseg.foreign.draft import Draft, Left
@@ -85,7 +86,7 @@ def _network(draft: Draft, configs: list[Config]) -> None:
                 draft.leave(component, f"network '{component.name}' is not one that a recipe knows ({known})")
                 continue
             if "network.kind" not in draft.values:
-                NETWORKS[name](draft, component)
+                NETWORKS[name](draft, replace(component, name=name))
             draft.used.add(component.where)
 
 

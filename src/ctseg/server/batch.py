@@ -37,7 +37,6 @@ def start_batch(service: Service, served: Served, images: list[str], tag: str) -
         task.finish("STOPPED" if task.status == "STOPPED" else "ERROR" if failed else "DONE")
 
     def start(task: Task) -> Callable[[], None]:
-        task.status = "RUNNING"
         future = asyncio.run_coroutine_threadsafe(run(task), loop)
         future.add_done_callback(lambda done: None if task.end is not None else task.finish("ERROR"))
         return lambda: None

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from ctseg.engine.checkpoint import file_sha256
+from ctseg.engine.cases import digest_file
 from ctseg.errors import ImageError
 from ctseg.io import Extent
 from ctseg.io.dicom import read as dicom
@@ -89,7 +89,7 @@ class FileImage:
 
     def sha256(self) -> str:
         """See Image."""
-        return file_sha256(self.path)
+        return digest_file(self.path).sha256
 
     def nifti(self) -> Path | bytes:
         """See Image."""

@@ -235,7 +235,8 @@ def open_service(settings: Settings, models: Sequence[tuple[str, Model]]) -> Ser
     """
     served: dict[str, Served] = {}
     for name, model in models:
-        unique = name if name not in served else f"{name}-{sum(key.startswith(name) for key in served) + 1}"
+        candidates = (name, *(f"{name}-{number}" for number in range(2, len(models) + 2)))
+        unique = next(free for free in candidates if free not in served)
         served[unique] = Served(unique, model)
     names = {value: name for one in reversed(served.values()) for name, value in one.labels.items()}
     return Service(

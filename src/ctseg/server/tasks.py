@@ -52,7 +52,7 @@ class Tasks:
         self._what = what
         self._tasks: deque[Task] = deque(maxlen=20)
         self._lock = threading.Lock()
-        self._stop: Callable[[], None] = lambda: None
+        self._stop: Callable[[], None] | None = None
 
     @property
     def all(self) -> list[Task]:
@@ -66,7 +66,7 @@ class Tasks:
         return next((task for task in self.all if task.is_running), None)
 
     def begin(self, request: dict[str, Any], start: Callable[[Task], Callable[[], None]]) -> Task:
-        """A new task, begun by `start`, which returns how to stop it.
+        """A new task, begun by `start`, which returns how to stop it. Where `start` raises, there was none.
 
         Raises:
             TooMany: if one is running.
@@ -75,8 +75,20 @@ class Tasks:
             if any(task.is_running for task in self._tasks):
                 raise TooMany(f"{self._what} is running already; wait, or stop it first")
             task = Task(request)
-            self._stop = start(task)
             self._tasks.append(task)
+            self._stop = None
+        try:
+            stop = start(task)  # may take long; others are told of the tasks meanwhile
+        except BaseException:
+            with self._lock:
+                self._tasks.remove(task)
+            raise
+        with self._lock:
+            self._stop = stop
+            if task.status == "SUBMITTED":
+                task.status = "RUNNING"
+        if task.status == "STOPPED":  # it was, before that could be done
+            stop()
         return task
 
     def close(self) -> None:
@@ -90,7 +102,10 @@ class Tasks:
         task = self.running
         if task is not None:
             task.status = "STOPPED"
-            self._stop()
+            with self._lock:
+                stop = self._stop
+            if stop is not None:
+                stop()
         return task
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ctseg.files import atomic_path, make_folder, write_json
+from ctseg.files import atomic_path, folder_if_used, make_folder, write_json
 from ctseg.io.images import read_labels, write_labels
 from ctseg.progress import printable
 from ctseg.server.datastore import FINAL
@@ -43,9 +43,9 @@ def start_training(service: Service, served: Served, params: Mapping[str, Any]) 
 
     def start(task: Task) -> Callable[[], None]:
         run = new_run(served.model.recipe, "finetuned").absolute()
-        folder = make_folder(run.with_name(f"{run.name}-data"))  # stays: a stopped run goes on with it
-        manifest = _write_manifest(service, served, folder)
-        write_json(folder / "recipe.json", served.model.recipe.to_dict())
+        with folder_if_used(run.with_name(f"{run.name}-data")) as folder:  # stays: a stopped run goes on with it
+            manifest = _write_manifest(service, served, folder)
+            write_json(folder / "recipe.json", served.model.recipe.to_dict())
         options = {
             "--from": served.model.path.absolute(),
             "--manifest": manifest,
@@ -65,7 +65,6 @@ def start_training(service: Service, served: Served, params: Mapping[str, Any]) 
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
             start_new_session=True,  # Ctrl-C in the terminal is for the server, which stops it in an orderly way
         )
-        task.status = "RUNNING"
         task.result = {"run": run.name}
         threading.Thread(target=_follow, args=(task, process), name="train", daemon=True).start()
         return lambda: _stop(process)

@@ -1,6 +1,6 @@
 """Headers of DICOM files: read within bounds, whatever the file says.
 
-The header of a file is read from its first bytes, which are doubled in number until the pixel data or the end come.
+The header of a file is read from its first bytes, eight times as many each time, until the pixel data or the end come.
 What pydicom makes of hostile bytes can be any exception; it becomes an ImageError with the reason.
 """
 
@@ -221,7 +221,7 @@ def _read(source: Source, tags: list[BaseTag | int] | None) -> Header | None:
                 break
             if len(start) >= MAX_HEADER_BYTES:
                 raise ImageError(f"its header is longer than {MAX_HEADER_BYTES} bytes; it is damaged")
-            more = file.read(min(len(start) * 7, MAX_HEADER_BYTES))
+            more = file.read(min(len(start) * 7, MAX_HEADER_BYTES - len(start)))
             if not more:
                 break
             start += more
