@@ -12,7 +12,7 @@ from monai.losses.dice import DiceCELoss, DiceLoss
 from numpy.typing import NDArray
 
 from ctseg.networks import network_for
-from ctseg.objectives import build_loss, build_optimizer, learning_rate
+from ctseg.objectives import SegmentationLoss, build_optimizer, learning_rate
 from ctseg.recipe import Recipe, load_recipe, recipe_from_dict
 from ctseg.specs import CosineSpec, DiceCESpec, DiceSpec
 
@@ -71,21 +71,23 @@ def tensors(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> tuple[tor
 @pytest.mark.parametrize("scale", [1.0, 80.0], ids=["random", "extreme"])
 def test_dice_ce_is_its_formula(num_classes: int, scale: float) -> None:
     logits, labels = made_batch(num_classes, scale)
-    loss = build_loss(load_recipe("spleen").objective)(*tensors(logits, labels))
+    loss = SegmentationLoss(load_recipe("spleen").objective)(*tensors(logits, labels))
     assert float(loss) == pytest.approx(dice_loss(logits, labels) + cross_entropy(logits, labels), rel=1e-5, abs=1e-5)
 
 
 @pytest.mark.parametrize("scale", [1.0, 80.0], ids=["random", "extreme"])
 def test_dice_alone_is_its_formula(scale: float) -> None:
     logits, labels = made_batch(2, scale)
-    loss = build_loss(load_recipe("spleen:v1").objective)(*tensors(logits, labels))
+    loss = SegmentationLoss(load_recipe("spleen:v1").objective)(*tensors(logits, labels))
     assert float(loss) == pytest.approx(dice_loss(logits, labels), abs=1e-5)
 
 
 def test_loss_of_a_sure_and_right_answer_is_zero() -> None:
     _, labels = made_batch(2, 1.0)
     logits = 200 * (one_hot(labels, 2) - 0.5)
-    assert float(build_loss(load_recipe("spleen").objective)(*tensors(logits, labels))) == pytest.approx(0, abs=1e-6)
+    assert float(SegmentationLoss(load_recipe("spleen").objective)(*tensors(logits, labels))) == pytest.approx(
+        0, abs=1e-6
+    )
 
 
 @pytest.mark.parametrize(
@@ -93,7 +95,7 @@ def test_loss_of_a_sure_and_right_answer_is_zero() -> None:
 )
 def test_every_option_reaches_the_loss(option: str) -> None:
     pair = tensors(*made_batch(2, 1.0))
-    plain, changed = (build_loss(load_recipe("spleen", o).objective)(*pair) for o in ([], [option]))
+    plain, changed = (SegmentationLoss(load_recipe("spleen", o).objective)(*pair) for o in ([], [option]))
     assert abs(float(plain) - float(changed)) > 1e-3
 
 
@@ -115,7 +117,7 @@ def test_value_and_gradient_are_those_of_monai(
     logits, labels = made_batch(num_classes, scale, seed=1)
     ours, theirs = (torch.from_numpy(logits).to(t).requires_grad_() for t in (torch.float32, torch.float64))
     label = torch.from_numpy(labels)[:, None]
-    value, expected = build_loss(spec)(ours, label.to(torch.uint8)), judge(theirs, label)
+    value, expected = SegmentationLoss(spec)(ours, label.to(torch.uint8)), judge(theirs, label)
     value.backward()
     expected.backward()
     assert value.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-5)
@@ -131,7 +133,7 @@ def test_sums_over_large_patches_do_not_drift() -> None:
     labels = (torch.rand(4, 1, 96, 96, 96, generator=generator) > 0.9).to(torch.uint8)
     judge = DiceCELoss(to_onehot_y=True, softmax=True, squared_pred=True, batch=True)
     expected = judge(logits.double(), labels).item()
-    assert build_loss(load_recipe("spleen").objective)(logits, labels).item() == pytest.approx(expected, abs=1e-6)
+    assert SegmentationLoss(load_recipe("spleen").objective)(logits, labels).item() == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("num_classes", [2, 3])
@@ -140,7 +142,7 @@ def test_shares_of_a_batch_give_its_loss_and_its_gradient(num_classes: int, batc
     """Two processes with two patches and one: each sees the whole loss, their gradients are parts of its gradient."""
     spec = load_recipe("spleen", [f"objective.batch={str(batch).lower()}"]).objective
     logits, labels = tensors(*made_batch(num_classes, 1.0))
-    loss_of, shares, sums = build_loss(spec), [slice(0, 2), slice(2, 3)], []
+    loss_of, shares, sums = SegmentationLoss(spec), [slice(0, 2), slice(2, 3)], []
     whole = logits.clone().requires_grad_()
     expected = loss_of(whole, labels)
     expected.backward()
@@ -226,7 +228,7 @@ def five_losses(recipe: Recipe, size: tuple[int, int, int]) -> list[float]:
     """Of the first five steps on one made batch: two bright balls in noise, weights from seed 0."""
     torch.manual_seed(0)
     network = network_for(recipe)
-    step, loss_of = build_optimizer(recipe.optimizer, network.parameters()), build_loss(recipe.objective)
+    step, loss_of = build_optimizer(recipe.optimizer, network.parameters()), SegmentationLoss(recipe.objective)
     grid = np.stack(np.meshgrid(*[np.arange(n) for n in size], indexing="ij"))
     labels = np.stack([((grid - c) ** 2).sum(axis=0) < 25 for c in (8, 10)])[:, None]
     noise = np.random.default_rng(0).uniform(0, 0.5, labels.shape)
@@ -285,7 +287,7 @@ def test_one_score_is_dice_on_its_sigmoid(batch: bool) -> None:
     logits.append(logits[0].detach().float().requires_grad_())
     stock = DiceLoss(sigmoid=True, squared_pred=True, batch=batch)(logits[0], labels.double())
     spec = DiceSpec(kind="dice", squared_pred=True, batch=batch, include_background=False)
-    ours = build_loss(spec)(logits[1], labels)
+    ours = SegmentationLoss(spec)(logits[1], labels)
     stock.backward()
     ours.backward()
     torch.testing.assert_close(ours.double(), stock, rtol=0, atol=1e-6)

@@ -129,7 +129,7 @@ def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, An
         atomic_path(path) as temporary,
         temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,  # names need not be text
     ):
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows({c: row[c] for c in columns} for row in rows)
 

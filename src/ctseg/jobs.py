@@ -36,6 +36,28 @@ ENDINGS: dict[Format, str] = {
 """What the names of masks end in; other forms of the first three, such as `_seg.nii`, come from their CTs' names."""
 
 
+DICOM_FORMATS: tuple[Format, ...] = ("dicom-seg", "rtstruct")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelChoice:
+    """Which model segments, and how it runs.
+
+    Attributes:
+        path: Its file.
+        device: As for `ctseg.engine.runtime.start_runtime`.
+        precision: The same.
+        backend: As for `ctseg.engine.model.load_model`.
+        fast: Whether reduced precision is welcome on a CPU.
+    """
+
+    path: Path
+    device: str = "auto"
+    precision: str = "auto"
+    backend: str | None = None
+    fast: bool = False
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """How CTs are read from DICOM, how their masks are made, and what these are written as.
@@ -49,6 +71,8 @@ class Options:
         seg_type: Of a DICOM SEG.
         keep_empty_frames: A DICOM SEG has a frame also where a structure is not.
         fast: Windows that would hardly change the mask are left out, and reduced precision is welcome.
+        overwrite: Masks that are there are made anew.
+        overlays: A picture is drawn of every mask.
     """
 
     series: str | None = None
@@ -59,6 +83,13 @@ class Options:
     seg_type: Literal["binary", "labelmap"] = "binary"
     keep_empty_frames: bool = False
     fast: bool = False
+    overwrite: bool = False
+    overlays: bool = False
+
+    @property
+    def needs_voxels(self) -> bool:
+        """Whether writing a mask needs the CT's voxels and not only its grid, as pictures and DICOM do."""
+        return self.overlays or self.format in DICOM_FORMATS
 
     def record(self, jobs: Sequence[Job]) -> dict[str, Any]:
         """The options that make other masks of these jobs under the same names."""

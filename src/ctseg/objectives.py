@@ -59,11 +59,6 @@ class SegmentationLoss:
         return loss.float()
 
 
-def build_loss(spec: DiceSpec | DiceCESpec) -> SegmentationLoss:
-    """The recipe's loss."""
-    return SegmentationLoss(spec)
-
-
 def _class_sums(logits: Tensor, labels: Tensor, squared: bool) -> Sums:
     """Overlap and volume (scores plus labels) of each patch and class, and the cross entropy's sum over all voxels."""
     log_scores = functional.log_softmax(logits.float(), dim=1)

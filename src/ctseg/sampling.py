@@ -167,11 +167,11 @@ def draw_region(case: CaseArrays, organ: Organ, sampling: Sampling, rng: np.rand
     return Region(inside(start, size, shape), size)
 
 
-def _background_voxel(case: CaseArrays, rng: np.random.Generator, tries: int = 64, rounds: int = 64) -> int:
+def _background_voxel(case: CaseArrays, rng: np.random.Generator) -> int:
     """A random voxel of the background inside the body, by rejection; any voxel if there is practically none."""
     image, label = case.host_image.reshape(-1), case.host_label.reshape(-1)
-    for _ in range(rounds):
-        candidates = rng.integers(label.size, size=tries)
+    for _ in range(64):
+        candidates = rng.integers(label.size, size=64)
         good = candidates[(label[candidates] == 0) & (image[candidates] > 0)]
         if len(good):
             return int(good[0])

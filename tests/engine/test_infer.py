@@ -113,7 +113,9 @@ def test_a_ct_newer_than_its_mask_is_done_again(tiny_model: Model, jobs: list[Jo
 def test_overwrite_does_all_again(tiny_model: Model, jobs: list[Job], tmp_path: Path) -> None:
     infer(tiny_model, jobs, tmp_path / "out", Silent())
     before = states(jobs)
-    assert statuses(infer(tiny_model, jobs, tmp_path / "out", Silent(), overwrite=True)) == ["done"] * 3
+    assert (
+        statuses(infer(tiny_model, jobs, tmp_path / "out", Silent(), options=Options(overwrite=True))) == ["done"] * 3
+    )
     assert all(now != then for now, then in zip(states(jobs), before, strict=True))
 
 
@@ -156,7 +158,7 @@ def test_an_output_that_cannot_be_written_ends_the_run(tiny_model, jobs, tmp_pat
     infer(tiny_model, jobs[:1], tmp_path / "out", Silent())
     jobs[1].mask.mkdir()  # stands in the way
     with pytest.raises(OutputError, match="cannot write"):
-        infer(tiny_model, jobs, tmp_path / "out", Silent(), overwrite=True)
+        infer(tiny_model, jobs, tmp_path / "out", Silent(), options=Options(overwrite=True))
     assert jobs[0].mask.is_file()
     assert not jobs[2].mask.exists()
 
@@ -176,7 +178,7 @@ def test_fast_and_exact_masks_never_mix(tiny_model: Model, jobs: list[Job], tmp_
         infer(tiny_model, jobs, tmp_path / "out", Silent(), options=other_way)
     assert states(jobs[:2]) == before
     assert statuses(infer(tiny_model, jobs, tmp_path / "out", Silent(), options=one_way)) == ["skipped"] * 2 + ["done"]
-    again = infer(tiny_model, jobs, tmp_path / "out", Silent(), options=other_way, overwrite=True)
+    again = infer(tiny_model, jobs, tmp_path / "out", Silent(), options=dataclasses.replace(other_way, overwrite=True))
     assert statuses(again) == ["done"] * 3
     assert statuses(infer(tiny_model, jobs, tmp_path / "out", Silent(), options=other_way)) == ["skipped"] * 3
 
@@ -238,7 +240,9 @@ def test_another_model_is_refused_and_touches_nothing(tiny_model, other_model, j
 
 def test_another_model_may_replace_all_masks(tiny_model, other_model, jobs, tmp_path: Path) -> None:
     infer(tiny_model, jobs, tmp_path / "out", Silent())
-    assert statuses(infer(other_model, jobs, tmp_path / "out", Silent(), overwrite=True)) == ["done"] * 3
+    assert (
+        statuses(infer(other_model, jobs, tmp_path / "out", Silent(), options=Options(overwrite=True))) == ["done"] * 3
+    )
     assert not any(read_labels(job.mask).array.any() for job in jobs)
     assert statuses(infer(other_model, jobs, tmp_path / "out", Silent())) == ["skipped"] * 3
 
@@ -248,7 +252,7 @@ def test_another_model_may_not_replace_some_masks(tiny_model, other_model, jobs,
     infer(tiny_model, jobs, tmp_path / "out", Silent())
     before = states(jobs)
     with pytest.raises(CtsegError, match=r"holds masks of another model \(.*\), and 2 would stay"):
-        infer(other_model, jobs[:1], tmp_path / "out", Silent(), overwrite=True)
+        infer(other_model, jobs[:1], tmp_path / "out", Silent(), options=Options(overwrite=True))
     assert states(jobs) == before
 
 
@@ -267,7 +271,7 @@ def test_replacing_that_is_cut_off_leaves_no_mask_of_the_old_model(
 
     monkeypatch.setattr(engine, "predict_taken", cut_off)
     with pytest.raises(KeyboardInterrupt):
-        infer(other_model, jobs, tmp_path / "out", Silent(), overwrite=True)
+        infer(other_model, jobs, tmp_path / "out", Silent(), options=Options(overwrite=True))
     monkeypatch.undo()
     assert [job.mask.exists() for job in jobs] == [True, False, False]
     with pytest.raises(CtsegError, match="another model"):

@@ -67,8 +67,8 @@ def expected(tiny_model: Model, phantom: Volume, tmp_path: Path) -> NDArray[np.u
 
 
 def run(model: Model, source: Path | list[Path], output: Path, progress=None, **options) -> list[Outcome]:
-    chosen = Options(**{k: v for k, v in options.items() if k not in ("overwrite", "shard", "overlays")})
-    rest = {k: v for k, v in options.items() if k in ("overwrite", "shard", "overlays")}
+    chosen = Options(**{k: v for k, v in options.items() if k != "shard"})
+    rest = {k: v for k, v in options.items() if k == "shard"}
     jobs = find_jobs(source if isinstance(source, list) else [source], output, chosen)
     return infer(model, jobs, output, progress or Silent(), options=chosen, **rest)
 

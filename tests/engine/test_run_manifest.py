@@ -48,7 +48,7 @@ def read(output: Path, name: str = "ctseg_run.json") -> dict:
 
 
 def test_it_says_how_and_from_what(tiny_model: Model, jobs: list[Job], output: Path) -> None:
-    outcomes = infer(tiny_model, jobs, output, Silent(), overlays=True)
+    outcomes = infer(tiny_model, jobs, output, Silent(), options=Options(overlays=True))
     run = read(output)
     assert run["ctseg"] == ctseg.__version__
     assert run["libraries"]["torch"] == torch.__version__
@@ -79,7 +79,7 @@ def test_entries_of_earlier_runs_stay_with_how_they_were_made(tiny_model: Model,
     (earlier,) = second["earlier_runs"]
     assert earlier == {key: value for key, value in first.items() if key not in ("cases", "earlier_runs")}
     assert (earlier["backend"], second["backend"]) == ("torch", "onnxruntime")
-    infer(tiny_model, jobs, output, Silent(), overwrite=True)
+    infer(tiny_model, jobs, output, Silent(), options=Options(overwrite=True))
     third = read(output)
     assert {case["run"] for case in third["cases"]} == {third["started"]}
     assert third["earlier_runs"] == []
@@ -165,7 +165,7 @@ def test_a_ct_that_a_part_has_done_is_told_as_done(tiny_model: Model, jobs: list
 def test_another_models_entries_go_with_its_masks(tiny_model: Model, jobs: list[Job], output: Path) -> None:
     jobs[0].image.write_bytes(b"")
     infer(tiny_model, jobs, output, Silent())
-    infer(dataclasses.replace(tiny_model, sha256="0" * 64), jobs[1:], output, Silent(), overwrite=True)
+    infer(dataclasses.replace(tiny_model, sha256="0" * 64), jobs[1:], output, Silent(), options=Options(overwrite=True))
     run = read(output)
     assert [case["mask"] for case in run["cases"]] == [job.mask.name for job in jobs[1:]]
     assert (run["model_sha256"], run["earlier_runs"]) == ("0" * 64, [])

@@ -16,10 +16,6 @@ def test_aligns_numbers_right_and_words_left() -> None:
     )
 
 
-def test_title_stands_above() -> None:
-    assert render_table(["n"], [[1]], title="Numbers").splitlines() == ["Numbers", "", "n", "-", "1"]
-
-
 def test_no_rows_leave_the_header() -> None:
     assert render_table(["case", "dice"], []) == "case  dice\n----  ----"
 

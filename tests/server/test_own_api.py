@@ -44,6 +44,18 @@ def test_lists_models_and_images(live: Any) -> None:
     assert answer["structures"] == {"spleen": 1}
 
 
+def test_no_model_takes_anothers_name(start: Callable[..., Any], made: SimpleNamespace) -> None:
+    model = made.bright_model()
+    live = start([("a-2", model), ("a", model), ("a", made.clicks_model()), ("a", model)])
+    models = live.json("GET", "/api/models")
+    assert [(m["name"], m["kind"]) for m in models] == [
+        ("a-2", "automatic"),
+        ("a", "automatic"),
+        ("a-3", "clicks"),
+        ("a-4", "automatic"),
+    ]
+
+
 @pytest.mark.parametrize(("image", "file"), [("one", "one.nii.gz"), ("two", "two.nrrd"), ("three", "three.nii.gz")])
 def test_a_click_marks_its_voxel_on_the_images_own_grid(live: Any, studies: Path, image: str, file: str) -> None:
     session = opened(live, image)

@@ -36,7 +36,7 @@ from ctseg.commands.common import (
 )
 from ctseg.errors import CasesFailed, CtsegError
 from ctseg.files import folder_if_used, make_folder
-from ctseg.jobs import Job, Options, Shard, choose_shard, find_jobs
+from ctseg.jobs import Job, ModelChoice, Options, Shard, choose_shard, find_jobs
 from ctseg.lean import import_nibabel_alone, importing, keep_to_the_end
 from ctseg.progress import make_progress
 from ctseg.report.tables import render_table
@@ -104,7 +104,10 @@ def infer(
         seg_type=seg_type,
         keep_empty_frames=keep_empty_frames,
         fast=fast,
+        overwrite=overwrite,
+        overlays=overlays,
     )
+    choice = ModelChoice(path=path, device=device, precision=precision, backend=backend, fast=fast)
     if dry_run and gpus is not None:
         raise CtsegError("--dry-run tells what one process takes; leave --gpus out")
     in_parts = _launches(gpus, device)
@@ -114,23 +117,10 @@ def infer(
         with folder_if_used(output):
             _infer_in_parts(gpus or 1, shard, path, as_json)
         return
-    todo = [job for job in part.take(jobs) if overwrite or not job.is_done]
+    todo = [job for job in part.take(jobs) if options.overwrite or not job.is_done]
     with unpacking_ahead(None if dry_run else _first_packed(todo)):
         plans, outcomes = _segment(
-            jobs,
-            todo,
-            path,
-            output,
-            options,
-            part,
-            device=device,
-            precision=precision,
-            backend=backend,
-            max_bytes=max_bytes,
-            overwrite=overwrite,
-            overlays=overlays,
-            dry_run=dry_run,
-            quiet=quiet,
+            choice, jobs, todo, output, options, part, max_bytes=max_bytes, dry_run=dry_run, quiet=quiet
         )
     if dry_run:
         emit(dataclasses.asdict(plans), f"model {path}\n\n{_plan_table(plans)}\n\n{plans.summary()}", as_json)
@@ -142,19 +132,14 @@ def infer(
 
 
 def _segment(
+    choice: ModelChoice,
     jobs: list[Job],
     todo: list[Job],
-    path: Path,
     output: Path,
     options: Options,
     part: Shard,
     *,
-    device: str,
-    precision: str,
-    backend: str,
     max_bytes: int | None,
-    overwrite: bool,
-    overlays: bool,
     dry_run: bool,
     quiet: bool,
 ) -> tuple[RunPlan, list[Outcome]]:
@@ -165,11 +150,11 @@ def _segment(
 
     with (
         _output_folder(output, part, dry_run),
-        runtime_for(path, device, precision, backend, fast=options.fast) as runtime,
+        runtime_for(choice) as runtime,
         stop_on_signal() as stop_requested,
         make_progress(quiet) as progress,
     ):
-        loaded = load_to_segment(path, runtime, backend, progress.note, precision=precision, fast=options.fast)
+        loaded = load_to_segment(choice, runtime, progress.note)
         keep_to_the_end(loaded)
         if dry_run and next_run_is_leaner(loaded) and ASKED_AGAIN not in os.environ:
             _ask_again()
@@ -179,12 +164,10 @@ def _segment(
             from ctseg.engine.infer import infer as run
             from ctseg.engine.plan import plan_run
 
-        check_no_clicks(loaded.recipe, path)
+        check_no_clicks(loaded.recipe, choice.path)
         fast = ", fast" if options.fast else ""
-        progress.note(f"model {path} on {loaded.runtime.describe()}, {loaded.backend}{fast}{_part(part)}")
-        plans = plan_run(
-            loaded, todo, options, output, progress, max_bytes=max_bytes, measure=dry_run, overlays=overlays
-        )
+        progress.note(f"model {choice.path} on {loaded.runtime.describe()}, {loaded.backend}{fast}{_part(part)}")
+        plans = plan_run(loaded, todo, options, output, progress, max_bytes=max_bytes, measure=dry_run)
         progress.note(plans.summary())
         if dry_run:
             return plans, []
@@ -196,8 +179,6 @@ def _segment(
             output,
             progress,
             options=options,
-            overwrite=overwrite,
-            overlays=overlays,
             shard=part,
             plans={job.mask: plan for job, plan in zip(todo, plans.cases, strict=True)},
             overlap=plans.overlap,

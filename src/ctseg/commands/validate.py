@@ -22,6 +22,7 @@ from ctseg.commands.common import (
 )
 from ctseg.errors import CasesFailed, CtsegError
 from ctseg.files import folder_if_used
+from ctseg.jobs import ModelChoice
 from ctseg.manifest import SPLITS, Manifest, read_manifest
 from ctseg.progress import make_progress
 from ctseg.recipe import Recipe
@@ -76,8 +77,9 @@ def validate(
         from ctseg.engine.model import fast_in_bfloat16, load_to_segment
         from ctseg.engine.runtime import running
 
+        choice = ModelChoice(path=path, device=device, precision=precision, backend=backend, fast=fast)
         with running(device, precision, amp=True, fast=fast and fast_in_bfloat16(path, backend)) as runtime:
-            loaded = load_to_segment(path, runtime, backend, progress.note, precision=precision, fast=fast)
+            loaded = load_to_segment(choice, runtime, progress.note)
             progress.note(f"model {path} on {loaded.runtime.describe()}, {loaded.backend}{', fast' if fast else ''}")
             _check_click_options(loaded.recipe, clicks, seed, overlays=overlays, fast=fast)
             listed = found or find_data(loaded.recipe.data.manifest, data, progress)

@@ -17,13 +17,11 @@ from ctseg.files import Digest, digest_of, make_folder
 from ctseg.io import Extent
 from ctseg.io.images import check_ct, read_extent, read_image, write_labels
 from ctseg.io.stream import CTStream
-from ctseg.jobs import Job, Options
+from ctseg.jobs import DICOM_FORMATS, Job, Options
 from ctseg.volume import Geometry, Volume
 
 if TYPE_CHECKING:
     from ctseg.io.dicom.read import DicomCT
-
-DICOM_FORMATS = ("dicom-seg", "rtstruct")
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,11 +88,6 @@ def open_case(job: Job) -> ReadCase:
 
 def _no_voxels(geometry: Geometry) -> Volume:
     return Volume(np.broadcast_to(np.int16(0), geometry.size), geometry)
-
-
-def needs_voxels(options: Options, *, overlays: bool) -> bool:
-    """Whether writing a mask needs the CT's voxels and not only its grid, as pictures and DICOM do."""
-    return overlays or options.format in DICOM_FORMATS
 
 
 def write_mask(job: Job, case: ReadCase, mask: NDArray[np.uint8], model: Model, options: Options) -> tuple[str, ...]:

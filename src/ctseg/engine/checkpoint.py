@@ -22,7 +22,7 @@ from ctseg.errors import ModelError
 from ctseg.files import atomic_path, digest_of
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 FORMAT = "ctseg-checkpoint"
 VERSION = 1
@@ -71,13 +71,13 @@ def read_newest(run: Path) -> tuple[dict[str, Any] | None, str]:
     return None, ""
 
 
-def read_checkpoint(path: Path, device: torch.device | None = None) -> dict[str, Any]:
+def read_checkpoint(path: Path) -> dict[str, Any]:
     """What `save_checkpoint` wrote.
 
     Raises:
         ModelError: if the file is missing, damaged, holds anything but plain data, or is not from ctseg.
     """
-    content = load_plain(path, "checkpoint", device)
+    content = load_plain(path, "checkpoint")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ModelError(f"checkpoint '{path}': not written by ctseg; expected format '{FORMAT}'")
     check_version(content.get("version"), "checkpoint", path)
@@ -91,7 +91,7 @@ def check_version(version: Any, kind: str, path: Path) -> None:
         raise ModelError(f"{kind} '{path}': format version {found}, this ctseg reads {VERSION}")
 
 
-def load_plain(path: Path, kind: str, device: torch.device | None = None) -> Any:
+def load_plain(path: Path, kind: str) -> Any:
     """The plain data in a file of PyTorch's, whoever wrote it; `kind` says in messages what it should be.
 
     Raises:
@@ -103,7 +103,7 @@ def load_plain(path: Path, kind: str, device: torch.device | None = None) -> Any
         _check_archive(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about foreign pickles, which are refused anyway
-            return torch.load(path, map_location=device or "cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise ModelError(f"{kind} '{path}': no such file") from error
     except pickle.UnpicklingError as error:

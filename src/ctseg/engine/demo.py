@@ -67,10 +67,10 @@ def run_demo(recipe: Recipe, folder: Path, runtime: Runtime, progress: Progress)
         export(trained.checkpoint, kind, run / f"model{suffix}", runtime) for kind, suffix in EXPORT_SUFFIXES.items()
     )
     seconds = time.perf_counter() - started
-    return DemoResult(folder, evaluation, exports, _contents(folder, run), seconds)
+    return DemoResult(folder, evaluation, exports, _contents(folder), seconds)
 
 
-def _contents(folder: Path, run: Path) -> tuple[str, ...]:
+def _contents(folder: Path) -> tuple[str, ...]:
     described = {
         "data": "the made CT and its labels",
         "run": "checkpoints, log.csv, curves.png, tensorboard, model.ts, model.onnx",

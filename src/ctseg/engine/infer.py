@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from ctseg.engine.cases import ReadCase, digest_input, needs_voxels, open_case, read_case, write_mask
+from ctseg.engine.cases import ReadCase, digest_input, open_case, read_case, write_mask
 from ctseg.engine.clock import Clock
 from ctseg.engine.folder import claim, drop_old_failures, record_failure
 from ctseg.engine.model import Model
@@ -100,8 +100,6 @@ def infer(
     progress: Progress,
     *,
     options: Options = PLAIN,
-    overwrite: bool = False,
-    overlays: bool = False,
     shard: Shard = WHOLE,
     plans: Mapping[Path, Plan] = NO_PLANS,
     overlap: bool = True,
@@ -116,13 +114,13 @@ def infer(
 
     Raises:
         OutputError: if masks cannot be written; finished ones stay.
-        CtsegError: if `output` holds masks of another model or made with other options, unless `overwrite` is on and
-            `jobs` replace them all.
+        CtsegError: if `output` holds masks of another model or made with other options, unless `options.overwrite` is
+            on and `jobs` replace them all.
         Stopped: after a stop request, which is looked for after every window; finished masks stay.
     """
     make_folder(output)
     mine = shard.take(jobs)
-    claim(output, model, mine, options.record(jobs), overwrite and shard.count == 1)
+    claim(output, model, mine, options.record(jobs), options.overwrite and shard.count == 1)
     outcomes: list[Outcome] = []
 
     def segment(work: _Work, check: Check) -> _Work:
@@ -131,7 +129,7 @@ def infer(
             if stop_requested():
                 raise Stopped
 
-        return _segment(work, model, options, progress, stop, keep=needs_voxels(options, overlays=overlays))
+        return _segment(work, model, options, progress, stop, keep=options.needs_voxels)
 
     def finished(outcome: Outcome) -> None:
         outcomes.append(outcome)
@@ -139,7 +137,7 @@ def infer(
             progress.note(f"{outcome.image.name}: {note}")
         progress.advance(f"{outcome.image.name}: {outcome.error or outcome.status}")
 
-    facts = run_facts(model, options, shard, overwrite=overwrite, overlays=overlays)
+    facts = run_facts(model, options, shard)
     progress.start(f"segmenting with {model.recipe.name}", len(mine))
     with (
         open_run_manifest(output / shard.run_manifest, facts) as manifest,
@@ -148,11 +146,11 @@ def infer(
         run = overlapped if overlap else one_by_one
 
         def read(job: Job) -> _Work:
-            work = _Work(job, plans.get(job.mask), skipped=job.is_done and not overwrite)
+            work = _Work(job, plans.get(job.mask), skipped=job.is_done and not options.overwrite)
             return work if work.skipped else _read(work, options, model.runtime.device, hasher)
 
         def write(work: _Work) -> Outcome:
-            outcome = _write(work, model, options, overlays)
+            outcome = _write(work, model, options)
             record_failure(output / shard.failures, str(outcome.image), outcome.error)
             _record(manifest, outcome, work.digest, model.runtime.device)
             return outcome
@@ -235,7 +233,7 @@ def _segment(
     return work
 
 
-def _write(work: _Work, model: Model, options: Options, overlays: bool) -> Outcome:
+def _write(work: _Work, model: Model, options: Options) -> Outcome:
     job, case = work.job, work.case
     if work.skipped:
         return Outcome(job.image, job.mask, "skipped", {}, 0.0)
@@ -247,7 +245,7 @@ def _write(work: _Work, model: Model, options: Options, overlays: bool) -> Outco
         with _case_errors(work, model.runtime.device), work.clock.stage("write"):
             if work.mask is not None:
                 notes = case.notes + write_mask(job, case, work.mask, model, options)
-                if overlays:
+                if options.overlays:
                     _draw(job, case, work.mask, model)
                 volumes = _volumes_ml(case, count_values(work.mask, model.recipe.num_classes), model)
             if work.scores is not None:

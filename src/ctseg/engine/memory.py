@@ -11,7 +11,7 @@ import torch
 from ctseg.engine.runtime import Runtime
 from ctseg.engine.trainer import Trainer
 from ctseg.errors import DeviceError, NotEnoughMemory
-from ctseg.objectives import build_loss
+from ctseg.objectives import SegmentationLoss
 from ctseg.progress import Progress
 from ctseg.recipe import Recipe
 
@@ -65,7 +65,7 @@ def _fits(recipe: Recipe, runtime: Runtime, patches: int) -> bool:
             label = torch.zeros((patches, 1, *recipe.sampling.patch_size), dtype=torch.uint8, device=runtime.device)
             with runtime.autocast():
                 scores = trainer.network(image.contiguous(memory_format=torch.channels_last_3d))
-            trainer.scaler.scale(build_loss(recipe.objective)(scores, label)).backward()  # type: ignore[no-untyped-call]
+            trainer.scaler.scale(SegmentationLoss(recipe.objective)(scores, label)).backward()  # type: ignore[no-untyped-call]
             trainer.scaler.step(trainer.optimizer)
             trainer.scaler.update()
     except torch.OutOfMemoryError:

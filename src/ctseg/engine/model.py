@@ -18,6 +18,7 @@ from ctseg.engine.checkpoint import file_sha256, read_checkpoint
 from ctseg.engine.compiled import check_backend, compiled_network, is_installed, ready_without_torch, recipe_of
 from ctseg.engine.runtime import Runtime, may_have_gpu, running, start_on_host, start_runtime
 from ctseg.errors import DeviceError, ModelError
+from ctseg.jobs import ModelChoice
 from ctseg.recipe import RECIPE_ENTRY, Recipe, recipe_from_dict
 from ctseg.specs import UNetSpec
 
@@ -93,42 +94,34 @@ def load_model(
 
 
 @contextmanager
-def runtime_for(
-    path: Path, device: str = "auto", precision: str = "auto", backend: str | None = None, *, fast: bool = False
-) -> Iterator[Runtime]:
+def runtime_for(choice: ModelChoice) -> Iterator[Runtime]:
     """The runtime to segment with, as `running` has it; without torch, which takes long to import, where that will do.
 
     It will for an ONNX file, and for a checkpoint whose network is in the cache for another backend than torch.
-
-    Args:
-        path: The model's file.
-        device: As for `start_runtime`.
-        precision: As for `start_runtime`.
-        backend: As for `load_model`.
-        fast: Whether reduced precision is welcome on a CPU, see `fast_in_bfloat16`.
 
     Raises:
         DeviceError: as `start_runtime`.
         ModelError: if the file cannot be read.
     """
-    host = _ready_host(path, device, precision, backend, fast=fast)
+    host = _ready_host(choice)
     if host is not None:
         yield host
         return
-    fast = fast and fast_in_bfloat16(path, backend)
-    with running(device, precision, amp=True, alone=True, fast=fast) as runtime:
+    fast = choice.fast and fast_in_bfloat16(choice.path, choice.backend)
+    with running(choice.device, choice.precision, amp=True, alone=True, fast=fast) as runtime:
         yield runtime
 
 
-def _ready_host(path: Path, device: str, precision: str, backend: str | None, *, fast: bool) -> Runtime | None:
-    if device not in ("auto", "cpu") or (device == "auto" and may_have_gpu()):
+def _ready_host(choice: ModelChoice) -> Runtime | None:
+    path, backend = choice.path, choice.backend
+    if choice.device not in ("auto", "cpu") or (choice.device == "auto" and may_have_gpu()):
         return None
     if path.suffix == ".onnx":
-        return start_on_host(precision)
+        return start_on_host(choice.precision)
     if path.suffix != ".pt" or backend in (None, "torch"):
         return None
-    host = start_on_host(precision, fast=fast and fast_in_bfloat16(path, backend))
-    exact = settles_rounding(path, fast=fast)
+    host = start_on_host(choice.precision, fast=choice.fast and fast_in_bfloat16(path, backend))
+    exact = settles_rounding(path, fast=choice.fast)
     return host if ready_without_torch(_sha256(path), host, backend, exact=exact) else None
 
 
@@ -178,15 +171,7 @@ def settles_rounding(path: Path, *, fast: bool) -> bool:
     return not (fast and path.suffix == ".pt" and _is_unet(path))
 
 
-def load_to_segment(
-    path: Path,
-    runtime: Runtime,
-    backend: str | None = None,
-    note: Callable[[str], None] = lambda _: None,
-    *,
-    precision: str = "auto",
-    fast: bool = False,
-) -> Model:
+def load_to_segment(choice: ModelChoice, runtime: Runtime, note: Callable[[str], None] = lambda _: None) -> Model:
     """`load_model` for `ctseg infer` and `ctseg validate`, with the exact network beside it where that is needed.
 
     Where the backend was to be measured and torch was the fastest, `--fast` is in float32 but for UNets, as it is where
@@ -195,8 +180,9 @@ def load_to_segment(
     Raises:
         As `load_model`.
     """
-    model = load_model(path, runtime, backend, note, exact=settles_rounding(path, fast=fast))
-    if fast and precision == "auto" and model.backend == "torch" and model.exact is not None:
+    path, backend = choice.path, choice.backend
+    model = load_model(path, runtime, backend, note, exact=settles_rounding(path, fast=choice.fast))
+    if choice.fast and choice.precision == "auto" and model.backend == "torch" and model.exact is not None:
         return load_model(path, replace(runtime, precision="float32"), backend, note)
     return model
 

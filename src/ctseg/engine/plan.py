@@ -17,7 +17,7 @@ import ctseg
 from ctseg.ahead import stop_unpacking
 from ctseg.arrays import as_asked, zeros
 from ctseg.engine.cache import Entry, cache_key, read_entry, write_entry
-from ctseg.engine.cases import case_extent, needs_voxels
+from ctseg.engine.cases import case_extent
 from ctseg.engine.clock import Clock
 from ctseg.engine.compiled import VERSION, library_version
 from ctseg.engine.model import Model
@@ -235,19 +235,17 @@ def plan_run(
     *,
     max_bytes: int | None = None,
     measure: bool = False,
-    overlays: bool = False,
 ) -> RunPlan:
     """How each job is to be done; only headers are read.
 
     Args:
         model: Whose recipe says the grid and the windows.
         jobs: The CTs.
-        options: How they are read.
+        options: How they are read and what is written.
         scratch: Folder for arrays on disk.
         progress: Told how far it is.
         max_bytes: Of memory that the process may have; None: what this machine, its cgroup or Slurm allows.
         measure: Whether the network is tried out even where its cost is known.
-        overlays: Whether pictures are drawn.
 
     Raises:
         NotEnoughMemory: if not even one window of the network fits the device.
@@ -256,15 +254,14 @@ def plan_run(
         return RunPlan((), max_bytes or 0, "")
     cost = measure_network(model) if measure or max_bytes is not None else network_cost(model)
     allowed, limited_by = (max_bytes, "--max-memory") if max_bytes else available_memory(resident_bytes())
-    keep = needs_voxels(options, overlays=overlays)
     alone: list[Plan] = []
     ahead: list[Plan] = []
-    plan_one = partial(plan_case, keep=keep, fast=options.fast)
+    plan_one = partial(plan_case, keep=options.needs_voxels, fast=options.fast)
     progress.start("reading headers", len(jobs))
     for job in jobs:
         try:
             extent = case_extent(job, options)
-            writing_bytes = _writing_bytes(job, extent, overlays)
+            writing_bytes = _writing_bytes(job, extent, options.overlays)
             plan_it = partial(plan_one, model, extent, cost, allowed, scratch, writing_bytes=writing_bytes)
             streamed, whole = plan_it(streamed=True), plan_it()
         except ImageError as error:

@@ -23,7 +23,7 @@ from ctseg.provenance import read_object
 CASES, EARLIER = "cases", "earlier_runs"
 
 
-def run_facts(model: Model, options: Options, shard: Shard, **flags: bool) -> dict[str, Any]:
+def run_facts(model: Model, options: Options, shard: Shard) -> dict[str, Any]:
     """What decides about the masks of a run, and where it runs; a UID in the rule for series is left out."""
     runtime = model.runtime
     libraries = dict.fromkeys(("torch", "numpy", model.backend))
@@ -40,7 +40,7 @@ def run_facts(model: Model, options: Options, shard: Shard, **flags: bool) -> di
         "model": model.path.name,
         "model_sha256": model.sha256,
         "recipe": model.recipe.name,
-        "options": {**chosen, "series": chosen["series"] and without_uids(chosen["series"]), **flags},
+        "options": {**chosen, "series": chosen["series"] and without_uids(chosen["series"])},
         "shard": str(shard),
     }
 

@@ -22,7 +22,7 @@ from ctseg.engine.parallel import Rows, begin_pass
 from ctseg.engine.runtime import Runtime
 from ctseg.engine.trainer import Trainer, train_mode
 from ctseg.errors import CtsegError
-from ctseg.objectives import build_loss, learning_rate
+from ctseg.objectives import SegmentationLoss, learning_rate
 from ctseg.sampling import CLICKS, NETWORK, CaseArrays, Draw, cut_batch, draw_step, epoch_batches, generator
 from ctseg.specs import ClicksSpec
 
@@ -46,7 +46,7 @@ class Stepper:
     def __init__(self, trainer: Trainer, cases: list[CaseArrays]) -> None:
         self.trainer = trainer
         self.cases = cases
-        self.loss = build_loss(trainer.recipe.objective)
+        self.loss = SegmentationLoss(trainer.recipe.objective)
         check_shares(trainer, len(cases))
         self.network = _distributed(trainer.network) if trainer.runtime.world_size > 1 else trainer.network
 

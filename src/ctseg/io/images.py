@@ -36,7 +36,7 @@ _READERS: dict[str, Callable[[Path], Header]] = {
     ".nrrd": itk.read_nrrd_header,
     ".mha": itk.read_mha_header,
 }
-_WRITERS: dict[str, Callable[[Path, Volume | LabelStream], None]] = {
+WRITERS: dict[str, Callable[[Path, Volume | LabelStream], None]] = {
     ".nii.gz": partial(nifti.write, compressed=True),
     ".nii": partial(nifti.write, compressed=False),
     ".nrrd": itk.write_nrrd,
@@ -160,10 +160,10 @@ def write_image(path: Path, volume: Volume) -> None:
 
 def _write(path: Path, volume: Volume | LabelStream) -> None:
     suffix = _suffix(path)
-    if suffix not in _WRITERS:
+    if suffix not in WRITERS:
         raise OutputError(f"cannot write '{path}': its suffix must be one of {', '.join(IMAGE_SUFFIXES)}; rename it")
     with atomic_path(path) as temporary:
-        _WRITERS[suffix](temporary, volume)
+        WRITERS[suffix](temporary, volume)
 
 
 def check_ct(volume: Volume, path: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 GAP = "  "
 
 
-def render_table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str | None = None) -> str:
+def render_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """The table as lines of text, without a newline at the end.
 
     Columns of numbers, rounded to text or not, are aligned right, all others left. Floats have 4 decimals; None is "-".
@@ -21,7 +21,7 @@ def render_table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, ti
     numeric = [_is_numeric([row[n] for row in rows]) for n in range(len(columns))]
     lines = [_line(line, widths, numeric) for line in cells]
     lines.insert(1, GAP.join("-" * width for width in widths))
-    return "\n".join(lines if title is None else [title, "", *lines])
+    return "\n".join(lines)
 
 
 def _text(value: object) -> str:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,41 +12,25 @@ import numpy as np
 from isal import igzip
 from numpy.typing import NDArray
 
-from ctseg.io import itk, nifti
-from ctseg.io.images import read_labels
+from ctseg.io.images import WRITERS, read_labels
 from ctseg.server.problems import Invalid
 from ctseg.volume import Geometry, Volume
 
-_WRITERS: dict[str, Callable[[Path, Volume], None]] = {
-    ".nii.gz": partial(nifti.write, compressed=True),
-    ".nii": partial(nifti.write, compressed=False),
-    ".nrrd": itk.write_nrrd,
-}
 DTYPES = ("uint8", "uint16", "int16", "uint32", "int32", "float32")
 """What masks may be written as: each holds every label value."""
 MEDIA_TYPES = {".nii.gz": "application/gzip", ".nii": "application/octet-stream", ".nrrd": "application/octet-stream"}
 
 
-def mask_bytes(mask: NDArray[np.uint8], geometry: Geometry, suffix: str = ".nii.gz") -> bytes:
-    """The file of a label map, in the format of `suffix`.
-
-    Raises:
-        Invalid: if the suffix is not one of MEDIA_TYPES.
-    """
-    return volume_bytes(Volume(mask, geometry), suffix)
+def mask_bytes(mask: NDArray[np.uint8], geometry: Geometry) -> bytes:
+    """The `.nii.gz` file of a label map."""
+    return volume_bytes(Volume(mask, geometry))
 
 
 def volume_bytes(volume: Volume, suffix: str = ".nii.gz") -> bytes:
-    """The file of a volume, in the format of `suffix`; nothing of it stays on the disk.
-
-    Raises:
-        Invalid: if the suffix is not one of MEDIA_TYPES.
-    """
-    if suffix not in _WRITERS:
-        raise Invalid(f"result_extension: expected one of {', '.join(_WRITERS)}, got {suffix[:20]!r}")
+    """The file of a volume, in the format of `suffix`, one of MEDIA_TYPES; nothing of it stays on the disk."""
     with tempfile.TemporaryDirectory(prefix="ctseg-mask-") as folder:
         path = Path(folder) / f"mask{suffix}"
-        _WRITERS[suffix](path, volume)
+        WRITERS[suffix](path, volume)
         return path.read_bytes()
 
 

@@ -1,6 +1,7 @@
 """A CT written as DICOM series is the same CT to SimpleITK, voxel for voxel and millimetre for millimetre."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pydicom
@@ -8,6 +9,7 @@ import pytest
 import SimpleITK
 
 from ctseg.errors import OutputError
+from ctseg.io.dicom import write
 from ctseg.io.dicom.write import write_series
 from ctseg.volume import Geometry, Volume, to_ras
 
@@ -103,10 +105,14 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_a_failure_half_way_leaves_nothing(tmp_path: Path) -> None:
-    def fail() -> None:
-        raise KeyboardInterrupt
+def test_a_failure_half_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail_at_the_second(stored: Any, *others: Any) -> Any:
+        if list(tmp_path.rglob("0001.dcm")):
+            raise KeyboardInterrupt
+        return convert(stored, *others)
 
+    convert = write._stored
+    monkeypatch.setattr(write, "_stored", fail_at_the_second)
     with pytest.raises(KeyboardInterrupt):
-        write_series(tmp_path / "ct", volume("int16", np.eye(3)), on_slice=fail)
+        write_series(tmp_path / "ct", volume("int16", np.eye(3)))
     assert list(tmp_path.iterdir()) == []

@@ -7,7 +7,6 @@ one of a new study.
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,6 @@ def write_series(
     folder: Path,
     volume: Volume,
     description: str = "",
-    on_slice: Callable[[], None] = lambda: None,
     *,
     replace: bool = False,
 ) -> float:
@@ -60,7 +58,6 @@ def write_series(
         folder: Must not exist, or be empty, or be one to replace.
         volume: Hounsfield units.
         description: Of the series, at most 64 characters are kept.
-        on_slice: Called after each slice.
         replace: The folder may hold something, which goes once the new series is whole.
 
     Returns:
@@ -86,7 +83,6 @@ def write_series(
             _slice(common, volume.geometry, index, stored).save_as(
                 temporary / f"{index + 1:04d}.dcm", enforce_file_format=True
             )
-            on_slice()
     return largest
 
 
