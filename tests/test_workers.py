@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ctseg import workers
+from ctseg import limits, workers
 from ctseg.workers import free_threads, in_parallel, in_threads, num_workers
 
 GB = 10**9
@@ -76,13 +76,13 @@ def test_what_work_raises_is_raised():
 def test_bounds(monkeypatch, tmp_path: Path, memory_gb: list[int], wanted: int | None, expected: int):
     monkeypatch.setattr(workers, "available_cpus", lambda: 8)
     monkeypatch.setattr(workers, "memory_limit", lambda: None)
-    monkeypatch.setattr(workers, "MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(limits, "MEMORY", tmp_path / "meminfo")
     (tmp_path / "meminfo").write_text(f"MemTotal: 99999999 kB\nMemAvailable:   {20 * GB // 1024} kB\n")
     assert num_workers([n * GB for n in memory_gb], wanted) == expected
 
 
 def test_a_limit_below_the_machines_memory_counts_and_no_knowledge_is_no_limit(monkeypatch, tmp_path: Path):
-    monkeypatch.setattr(workers, "MEMORY", tmp_path / "none")
+    monkeypatch.setattr(limits, "MEMORY", tmp_path / "none")
     monkeypatch.setattr(workers, "memory_limit", lambda: (4 * GB, "cgroup limit"))
     assert num_workers([GB] * 20, 16) == 2
     monkeypatch.setattr(workers, "memory_limit", lambda: None)

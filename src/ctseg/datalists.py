@@ -6,14 +6,13 @@ The grammar is the one of the Medical Segmentation Decathlon and MONAI, see `man
 from __future__ import annotations
 
 import csv
-import difflib
 import io
 import json
 from collections import defaultdict
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ctseg.errors import ManifestError, list_problems
+from ctseg.errors import ManifestError, did_you_mean, list_problems
 
 SPLITS = ("training", "validation", "testing", "test")
 IMAGE_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".mha")
@@ -112,8 +111,7 @@ def _header_problems(header: list[str]) -> list[str]:
     problems = []
     for name in header:
         if name not in _COLUMNS:
-            match = difflib.get_close_matches(name, _COLUMNS, n=1)
-            hint = f"did you mean '{match[0]}'?" if match else f"known: {', '.join(_COLUMNS)}"
+            hint = did_you_mean(name, _COLUMNS)
             problems.append(f"the first row must be the names of the columns; unknown column '{name:.80}'; {hint}")
         elif header.count(name) > 1:
             problems.append(f"column '{name}' stands {header.count(name)} times")

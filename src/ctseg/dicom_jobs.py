@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ctseg.errors import CtsegError
+from ctseg.files import ZIP_MARKS
 from ctseg.progress import Progress
 
 if TYPE_CHECKING:
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 STRICT = {"gaps": "error", "tilt": "error"}
 """Policies that refuse a series which another one would repair: what was made under these is the same under any."""
 _DICOM_MARK = b"DICM"
-_ZIP_MARK = b"PK\x03\x04"
 _SHOWN_REJECTED = 5
 
 
@@ -42,7 +42,7 @@ def is_dicom_or_zip(path: Path) -> bool:
             start = file.read(132)
     except OSError:
         return False
-    return start[128:] == _DICOM_MARK or start[:4] == _ZIP_MARK
+    return start[128:] == _DICOM_MARK or start[:4] in ZIP_MARKS
 
 
 def find_ct_series(path: Path, rule: str | None, progress: Progress, *, keep_identifiers: bool) -> ChosenSeries:

@@ -18,6 +18,11 @@
 Anything else that escapes is a bug in ctseg and keeps its traceback.
 """
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class CtsegError(Exception):
     """A user's problem, told in one line: the rule, what was got, what to do."""
@@ -83,6 +88,13 @@ class Stopped(CtsegError):
     """A signal stopped the work at a point it can resume from; without a message, another process tells it."""
 
     exit_code = 75
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """What to say of an unknown word: the known one that it resembles, or all of them."""
+    by_lower = {one.lower(): one for one in known}
+    match = difflib.get_close_matches(word.lower(), by_lower, n=1)
+    return f"did you mean '{by_lower[match[0]]}'?" if match else f"known: {', '.join(by_lower.values())}"
 
 
 def list_problems(subject: str, problems: list[str]) -> str:

@@ -18,6 +18,8 @@ from typing import IO, Any
 from ctseg.errors import OutputError
 
 BLOCK_BYTES = 1 << 20
+ZIP_MARKS = (b"PK\x03\x04", b"PK\x05\x06")
+"""How a zip archive begins: with its first member, or with its end if it has none."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,12 @@ def digest_of(file: IO[bytes] | BufferedIOBase) -> Digest:
         sha256.update(block)
         num_bytes += len(block)
     return Digest(sha256.hexdigest(), num_bytes)
+
+
+def is_zip(path: Path) -> bool:
+    """True for a file that begins as an archive: what merely ends as one could be anything."""
+    with path.open("rb") as file:
+        return file.read(4) in ZIP_MARKS
 
 
 @contextmanager

@@ -38,17 +38,17 @@ def available_memory(own_bytes: int) -> tuple[int, str]:
     `memory_limit`. The processes of one command on one node have equal parts.
     """
     sharing = tasks_on_node(os.environ)
-    shares = [(own_bytes + free // sharing, "free memory") for free in _free_memory()]
-    limit = memory_limit()
+    free, limit = free_memory(), memory_limit()
+    shares = [] if free is None else [(own_bytes + free // sharing, "free memory")]
     if limit is not None:
         shares.append((limit[0] // sharing, limit[1]))
     return min(shares, default=(2**63 - 1, "no limit"))
 
 
-def _free_memory() -> Iterator[int]:
+def free_memory() -> int | None:
+    """Bytes that this machine has free for whoever asks; None if unknown."""
     match = re.search(r"^MemAvailable:\s+(\d+) kB$", _text(MEMORY), re.MULTILINE)
-    if match:
-        yield int(match[1]) * 1024
+    return int(match[1]) * 1024 if match else None
 
 
 def _quotas() -> Iterator[int]:

@@ -7,12 +7,13 @@ number outside its `Range` is named with its bounds. Nothing is converted but in
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from ctseg.errors import did_you_mean
 
 T = TypeVar("T")
 LARGEST_INT = 2**63 - 1
@@ -58,7 +59,7 @@ def read_dataclass(cls: type[T], data: Any, path: str, problems: list[str]) -> T
         return None
     for key in data:
         if key not in fields:
-            problems.append(f"{_join(path, str(key))}: unknown key{_did_you_mean(str(key), fields)}")
+            problems.append(f"{_join(path, str(key))}: unknown key; {did_you_mean(str(key), fields)}")
     values: dict[str, Any] = {}
     for name, field in fields.items():
         if name in data:
@@ -79,11 +80,6 @@ def _wrong_kind(known: tuple[str, ...], kind: Any, path: str) -> str:
 
 def _join(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
-
-
-def _did_you_mean(key: str, known: Mapping[str, Any]) -> str:
-    match = difflib.get_close_matches(key, known, n=1)
-    return f"; did you mean '{match[0]}'?" if match else f"; known: {', '.join(known)}"
 
 
 def _read_value(hint: Any, value: Any, path: str, problems: list[str]) -> Any:

@@ -6,10 +6,9 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from pathlib import Path
 from typing import TypeVar
 
-from ctseg.limits import available_cpus, memory_limit
+from ctseg.limits import available_cpus, free_memory, memory_limit
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -17,7 +16,6 @@ Result = TypeVar("Result")
 _THREAD = threading.local()
 MEMORY_SHARE = 0.5
 """Cases that are worked on at once take at most this share of the free memory, by their headers."""
-MEMORY = Path("/proc/meminfo")
 
 
 def in_parallel(
@@ -101,9 +99,5 @@ def num_workers(memory_bytes: Sequence[int], wanted: int | None = None) -> int:
 def _free_memory() -> float:
     """Bytes: what the machine has free, or the limit of this process where that is less; endless if unknown."""
     limit, _ = memory_limit() or (float("inf"), "")
-    try:
-        lines = MEMORY.read_text(encoding="ascii").splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, ValueError, StopIteration):
-        return limit
-    return min(limit, free)
+    free = free_memory()
+    return limit if free is None else min(limit, free)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import io
-import secrets
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +18,14 @@ import ctseg
 from ctseg.engine.model import Forward, forward_of
 from ctseg.engine.runtime import Runtime
 from ctseg.engine.weights import read_weights
-from ctseg.errors import CtsegError, ModelError
-from ctseg.files import atomic_path, make_folder, output_errors, write_json, write_text
+from ctseg.errors import ModelError
+from ctseg.files import atomic_path, make_folder, write_json, write_text
 from ctseg.foreign.importing import WEIGHTS, network_values
 from ctseg.networks import network_for
 from ctseg.recipe import RECIPE_ENTRY, Recipe, recipe_from_dict
 from ctseg.specs import AHNetSpec, NetworkSpec, SegResNetSpec, UNetSpec
 
 SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20220324.json"
-
-
-def staging_folder(output: Path) -> Path:
-    """An empty folder beside `output`, to be renamed to it once it is whole.
-
-    Raises:
-        CtsegError: if `output` exists: a folder is never replaced.
-    """
-    if output.exists():
-        raise CtsegError(f"output '{output}': exists; a bundle is a folder of its own, name a new one")
-    make_folder(output.parent)
-    staged = output.with_name(f".{output.name}.{secrets.token_hex(4)}.tmp")
-    with output_errors(output):
-        staged.mkdir()
-    return staged
 
 
 def write_bundle(folder: Path, recipe: Recipe, network: nn.Module) -> None:

@@ -31,7 +31,7 @@ from ctseg.files import make_folder, write_csv, write_json
 from ctseg.manifest import Case
 from ctseg.metrics import dice, mean_or_none
 from ctseg.progress import Progress
-from ctseg.regions import inside, region_size
+from ctseg.regions import region_around
 from ctseg.report.curves import draw_click_curves
 from ctseg.sampling import VALIDATION_CLICKS, CaseArrays, Draw, cut_batch, generator
 
@@ -237,7 +237,6 @@ def _central(sample: CaseArrays, window: tuple[int, int, int]) -> Draw:
     """The region with the organ in its middle."""
     assert sample.organ is not None
     low, high = sample.organ.low, sample.organ.high
-    size = region_size(low, high, window, sample.organ.margin)
     x, y, z = sample.host_label.shape
-    start = inside([(a + b + 1 - n) // 2 for a, b, n in zip(low, high, size, strict=True)], size, (x, y, z))
-    return Draw(0, start, size=None if size == window else size)
+    region = region_around(low, high, (x, y, z), window, sample.organ.margin)
+    return Draw(0, region.start, size=None if region.size == window else region.size)

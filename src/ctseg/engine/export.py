@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +21,12 @@ from ctseg.arrays import cut_box
 from ctseg.clicks import Click, network_input
 from ctseg.engine.backends import example_of
 from ctseg.engine.backends.onnx import OPSET, to_onnx
-from ctseg.engine.bundle import bundle_forward, staging_folder, write_bundle
+from ctseg.engine.bundle import bundle_forward, write_bundle
 from ctseg.engine.model import Forward, forward_of, load_model, load_network
 from ctseg.engine.runtime import Runtime
 from ctseg.engine.windows import window_starts
 from ctseg.errors import CtsegError, ModelError
-from ctseg.files import atomic_path, make_folder, output_errors
+from ctseg.files import atomic_folder, atomic_path, make_folder
 from ctseg.recipe import RECIPE_ENTRY, Recipe
 from ctseg.scaling import prepare_image
 from ctseg.sources.phantom import make_phantom
@@ -96,15 +95,13 @@ def export_bundle(checkpoint: Path, output: Path, runtime: Runtime) -> ExportRep
             f"nothing; export it as torchscript or onnx"
         )
     network.eval()
-    staged = staging_folder(output)
-    try:
+    if output.exists():
+        raise CtsegError(f"output '{output}': exists; a bundle is a folder of its own, name a new one")
+    make_folder(output.parent)
+    with atomic_folder(output) as staged:
         write_bundle(staged, recipe, network)
         exported = bundle_forward(staged, recipe, runtime)
         report = _compare(forward_of(network, runtime), exported, recipe, runtime, "bundle")
-        with output_errors(output):
-            staged.rename(output)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
     shape = (1, 1, *recipe.inference.window_size)
     return ExportReport(path=output, format="bundle", input_shape=shape, **report)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ctseg.dicom_jobs import is_dicom_or_zip
 from ctseg.errors import ImageError
+from ctseg.files import is_zip
 from ctseg.io.dicom.files import MAX_FILES
 from ctseg.io.dicom.headers import pydicom_silent
 from ctseg.io.dicom.names import series_name
@@ -74,7 +75,7 @@ class Finder:
             elif self._is_inside(path) and is_image_name(path):
                 files.setdefault(image_stem(path), FileImage(path))
             elif self._is_inside(path) and is_dicom_or_zip(path):
-                if _is_zip(path):
+                if is_zip(path):
                     places[path] = (path,)
                 else:
                     loose.append(path)
@@ -215,11 +216,6 @@ def _readable(found: Found) -> tuple[list[SeriesImage], Counter[str]]:
             except ImageError:
                 problems["grid"] += 1
     return images, problems
-
-
-def _is_zip(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(2) == b"PK"
 
 
 def _is_settled(changed_ns: int) -> bool:

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from ctseg.errors import CtsegError
-from ctseg.files import atomic_path, make_folder, write_json
+from ctseg.files import make_folder, write_json
+from ctseg.io.images import write_image
 from ctseg.manifest import SPLITS
 from ctseg.volume import Volume
 
@@ -101,7 +102,7 @@ def write_made(
             made = data.make(seed, index)
             volumes = {"image": made.image, "label": data.label_of(made), "organs": made.organs}
             for kind, file in missing.items():
-                _write_nifti(folder / file, volumes[kind])
+                write_image(folder / file, volumes[kind])
         on_case(f"{data.name}_{index:03d}")
     return manifest
 
@@ -154,15 +155,3 @@ def _refuse_other_data(manifest: Path, data: MadeData, seed: int) -> None:
             f"'{manifest.parent}' holds another data set (name, seed, generator version: {found}), wanted "
             f"{(data.name, seed, data.version)}; choose another folder or remove this one"
         )
-
-
-def _write_nifti(path: Path, volume: Volume) -> None:
-    import nibabel
-    from isal import igzip
-
-    image = nibabel.Nifti1Image(volume.array, volume.geometry.affine_ras)
-    image.header.set_xyzt_units("mm")
-    image.set_sform(volume.geometry.affine_ras, code=1)
-    image.set_qform(volume.geometry.affine_ras, code=1)
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(igzip.compress(image.to_bytes(), 1, mtime=0))

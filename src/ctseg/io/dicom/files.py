@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ctseg.errors import ImageError
+from ctseg.files import is_zip
 from ctseg.privacy import without_uids
 from ctseg.progress import printable
 
@@ -139,7 +140,7 @@ def _files_below(folder: Path) -> Iterator[tuple[Path, str | None]]:
 def _parts(path: Path, root: Path) -> Iterator[tuple[zipfile.ZipInfo | None, str | None]]:
     """The members of an archive, or None for a file that is none; each with the reason to leave it out, or None."""
     try:
-        if _is_zip(path):
+        if is_zip(path):
             yield from ((member, _member_fault(member)) for member in _members(path))
         else:
             yield None, None
@@ -149,12 +150,6 @@ def _parts(path: Path, root: Path) -> Iterator[tuple[zipfile.ZipInfo | None, str
         if path == root:
             raise ImageError(f"cannot read '{path}': {error}") from error
         yield None, str(error)
-
-
-def _is_zip(path: Path) -> bool:
-    """True for a file that begins as an archive: what merely ends as one could be anything."""
-    with path.open("rb") as file:
-        return file.read(4) in (b"PK\x03\x04", b"PK\x05\x06")
 
 
 def _members(path: Path) -> list[zipfile.ZipInfo]:

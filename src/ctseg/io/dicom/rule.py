@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ctseg.errors import CtsegError
+from ctseg.errors import CtsegError, did_you_mean
 from ctseg.io.dicom.frames import texts
 from ctseg.io.dicom.series import Series
 
@@ -154,12 +154,9 @@ class _Parser:
         return _compare(self._field(token), sign.text, self._value(sign))
 
     def _field(self, token: _Token) -> str:
-        from difflib import get_close_matches
-
         known = {field.lower(): field for field in (*FIELDS, "Slices", "SpacingZ")}
         if token.text.lower() not in known:
-            near = get_close_matches(token.text.lower(), known, 1)
-            hint = f"did you mean '{known[near[0]]}'?" if near else f"known: {', '.join(known.values())}"
+            hint = did_you_mean(token.text, known.values())
             raise self._error(token, f"unknown field '{token.text}'; {hint}")
         return known[token.text.lower()]
 

@@ -20,6 +20,7 @@ from pydicom.valuerep import format_number_as_ds
 import ctseg
 from ctseg.errors import OutputError
 from ctseg.files import atomic_folder
+from ctseg.io.dicom.derived import decimal
 from ctseg.volume import Geometry, Volume
 
 MAX_SLICES = 9999
@@ -128,15 +129,15 @@ def _series_header(
     for keyword in _EMPTY:
         setattr(header, keyword, None)
     header.Rows, header.Columns = rows, columns
-    header.PixelSpacing = [_decimal(geometry.spacing_mm[1]), _decimal(geometry.spacing_mm[0])]
-    header.SliceThickness = header.SpacingBetweenSlices = _decimal(geometry.spacing_mm[2])
-    header.ImageOrientationPatient = [_decimal(value) for axis in (0, 1) for value in geometry.direction[:, axis]]
+    header.PixelSpacing = [decimal(geometry.spacing_mm[1]), decimal(geometry.spacing_mm[0])]
+    header.SliceThickness = header.SpacingBetweenSlices = decimal(geometry.spacing_mm[2])
+    header.ImageOrientationPatient = [decimal(value) for axis in (0, 1) for value in geometry.direction[:, axis]]
     header.SamplesPerPixel = 1
     header.PhotometricInterpretation = "MONOCHROME2"
     header.BitsAllocated = header.BitsStored = 16
     header.HighBit = 15
     header.PixelRepresentation = int(stored_type.kind == "i")
-    header.RescaleSlope, header.RescaleIntercept, header.RescaleType = _decimal(slope), _decimal(intercept), "HU"
+    header.RescaleSlope, header.RescaleIntercept, header.RescaleType = decimal(slope), decimal(intercept), "HU"
     return header
 
 
@@ -146,11 +147,6 @@ def _slice(common: pydicom.Dataset, geometry: Geometry, index: int, stored_yx: N
     header.SOPInstanceUID = header.file_meta.MediaStorageSOPInstanceUID = generate_uid(None)
     header.InstanceNumber = index + 1
     position = geometry.affine[:3, 3] + index * geometry.affine[:3, 2]
-    header.ImagePositionPatient = [_decimal(value) for value in position]
+    header.ImagePositionPatient = [decimal(value) for value in position]
     header.PixelData = np.ascontiguousarray(stored_yx).tobytes()
     return header
-
-
-def _decimal(value: float) -> str:
-    """A decimal string of at most 16 characters, as DICOM has them: ten digits or more."""
-    return str(format_number_as_ds(float(value)))
