@@ -15,13 +15,14 @@ import pydicom
 from ctseg.dicom_jobs import STRICT, note_rejected
 from ctseg.errors import CtsegError, ImageError
 from ctseg.files import make_folder, output_errors, write_json
-from ctseg.io.dicom.headers import pydicom_silent, read_dataset
+from ctseg.io.dicom.headers import read_dataset
 from ctseg.io.dicom.labels import Overlap, read_labels, regions_of
 from ctseg.io.dicom.names import patient_name, series_name
 from ctseg.io.dicom.read import Found, Gaps, OtherObject, Tilt, find_series, read_series
 from ctseg.io.dicom.referenced import CTFinder
 from ctseg.io.dicom.regions import Choice, Region, choose_regions
 from ctseg.io.dicom.series import Series
+from ctseg.io.dicom.silence import pydicom_silent
 from ctseg.io.images import check_ct, write_image, write_labels
 from ctseg.privacy import without_uids
 from ctseg.progress import Progress

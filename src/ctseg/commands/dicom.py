@@ -42,9 +42,9 @@ def list_series(
     quiet: QuietFlag = False,
 ) -> None:
     """List the series in folders and zip archives, with everything that is wrong with them."""
-    from ctseg.io.dicom.headers import pydicom_silent
     from ctseg.io.dicom.read import find_series
     from ctseg.io.dicom.rule import choose
+    from ctseg.io.dicom.silence import pydicom_silent
 
     if series is not None:
         choose([], series)  # a wrong rule is told before the search
@@ -91,7 +91,7 @@ def _row(one: Series, keep_identifiers: bool) -> dict[str, Any]:
 
 
 def _rest(found: Found, rejected: Sequence[tuple[str, str]], keep_identifiers: bool) -> dict[str, Any]:
-    from ctseg.io.dicom.headers import tag_value
+    from ctseg.io.dicom.tags import tag_value
     from ctseg.progress import printable
 
     return {

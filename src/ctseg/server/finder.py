@@ -14,10 +14,10 @@ from ctseg.dicom_jobs import is_dicom_or_zip
 from ctseg.errors import ImageError
 from ctseg.files import is_zip
 from ctseg.io.dicom.files import MAX_FILES
-from ctseg.io.dicom.headers import pydicom_silent
 from ctseg.io.dicom.names import series_name
 from ctseg.io.dicom.read import Found, find_series, read_extent
 from ctseg.io.dicom.series import Slice
+from ctseg.io.dicom.silence import pydicom_silent
 from ctseg.manifest import image_stem, is_image_name
 from ctseg.server.images import FileImage, Image, SeriesImage, parts_of
 from ctseg.server.texts import is_text

@@ -16,9 +16,10 @@ from pydicom.filereader import read_partial
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from ctseg.io.dicom.frames import CT_CLASSES
-from ctseg.io.dicom.headers import is_deflated, pydicom_silent
+from ctseg.io.dicom.headers import is_deflated
 from ctseg.io.dicom.pixels import read_voxels
 from ctseg.io.dicom.series import Slice
+from ctseg.io.dicom.silence import pydicom_silent
 from ctseg.manifest import IMAGE_SUFFIXES, image_stem, is_image_name
 from ctseg.server.finder import DICOM_SUFFIX, image_in_file, lone_slice
 from ctseg.server.images import Image, SeriesImage

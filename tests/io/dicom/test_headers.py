@@ -4,7 +4,7 @@ import warnings
 
 import pydicom
 
-from ctseg.io.dicom.headers import pydicom_silent
+from ctseg.io.dicom.silence import pydicom_silent
 
 
 def test_silence_lasts_until_the_last_thread_leaves() -> None:

@@ -14,8 +14,8 @@ from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEG2000
 
 from ctseg.io.dicom import headers
 from ctseg.io.dicom.files import list_sources
-from ctseg.io.dicom.headers import pydicom_silent
 from ctseg.io.dicom.plain import PlainHeader, plain_header
+from ctseg.io.dicom.silence import pydicom_silent
 
 Maker = Callable[..., Path]
 WANTED = headers._KEPT

@@ -18,11 +18,12 @@ from ctseg.codes import ANATOMY, Algorithm, Code, Structure, uncoded
 from ctseg.errors import CtsegError, ImageError, OutputError
 from ctseg.io.dicom import rtstruct as module
 from ctseg.io.dicom.files import Source
-from ctseg.io.dicom.headers import pydicom_silent, read_dataset
+from ctseg.io.dicom.headers import read_dataset
 from ctseg.io.dicom.labels import DicomLabels, read_labels, regions_of
 from ctseg.io.dicom.read import DicomCT, find_series, read_series, select_series
 from ctseg.io.dicom.regions import Region, check_found, choose_regions, parse_choice
 from ctseg.io.dicom.rtstruct import write_rtstruct
+from ctseg.io.dicom.silence import pydicom_silent
 from ctseg.io.images import read_labels as read_image_labels
 
 Maker = Callable[..., Path]

@@ -20,7 +20,7 @@ from ctseg.codes import ANATOMY, Algorithm, Code, Structure, structures_of, unco
 from ctseg.errors import ImageError, OutputError
 from ctseg.io.dicom import seg as module
 from ctseg.io.dicom.files import Source
-from ctseg.io.dicom.headers import pydicom_silent, read_dataset
+from ctseg.io.dicom.headers import read_dataset
 from ctseg.io.dicom.labels import read_labels, regions_of
 from ctseg.io.dicom.placing import Stack
 from ctseg.io.dicom.read import DicomCT, find_series, read_series, select_series
@@ -28,6 +28,7 @@ from ctseg.io.dicom.regions import parse_choice
 from ctseg.io.dicom.seg import write_seg
 from ctseg.io.dicom.seg_pixels import decode
 from ctseg.io.dicom.seg_read import segment_masks
+from ctseg.io.dicom.silence import pydicom_silent
 from ctseg.recipe import load_recipe
 
 Maker = Callable[..., Path]

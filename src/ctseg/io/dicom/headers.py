@@ -7,24 +7,21 @@ What pydicom makes of hostile bytes can be any exception; it becomes an ImageErr
 from __future__ import annotations
 
 import io
-import threading
-import warnings
 import zlib
-from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 from zipfile import BadZipFile
 
 import pydicom
-from pydicom.datadict import dictionary_has_tag, dictionary_VR, tag_for_keyword
-from pydicom.dataelem import RawDataElement, convert_raw_data_element
+from pydicom.datadict import tag_for_keyword
 from pydicom.filereader import read_partial
 from pydicom.tag import BaseTag
 
 from ctseg.errors import ImageError
 from ctseg.io.dicom.files import Source
 from ctseg.io.dicom.plain import PIXEL_TAGS, UNDEFINED, plain_header
+from ctseg.io.dicom.tags import FUNCTIONAL_GROUPS, SCANNED, tag_value, value_of
 from ctseg.privacy import without_uids
 from ctseg.progress import printable
 
@@ -32,61 +29,9 @@ FIRST_BYTES = 2**15
 """What is read of every file; most headers of CT are shorter."""
 MAX_HEADER_BYTES = 2**28
 """A longer header is refused; the contours of the largest RTSTRUCT are some 100 MB."""
-LONGEST_SHARED = 256
-"""Bytes of a value that is converted once for all files; a longer one is seldom the same in two."""
 MAX_FILE_BYTES = 2**32
 """A larger file is not read whole, nor is more inflated."""
 
-FUNCTIONAL_GROUPS = {
-    "ImagePositionPatient": "PlanePositionSequence",
-    "ImageOrientationPatient": "PlaneOrientationSequence",
-    "PixelSpacing": "PixelMeasuresSequence",
-    "SliceThickness": "PixelMeasuresSequence",
-    "SpacingBetweenSlices": "PixelMeasuresSequence",
-    "RescaleSlope": "PixelValueTransformationSequence",
-    "RescaleIntercept": "PixelValueTransformationSequence",
-    "RescaleType": "PixelValueTransformationSequence",
-    "FrameType": "CTImageFrameTypeSequence",
-    "FrameAcquisitionNumber": "FrameContentSequence",
-    "TemporalPositionIndex": "FrameContentSequence",
-    "StackID": "FrameContentSequence",
-    "KVP": "CTXRayDetailsSequence",
-    "ConvolutionKernel": "CTReconstructionSequence",
-    "GantryDetectorTilt": "CTAcquisitionDetailsSequence",
-}
-"""Where multi-frame files keep, per frame or for all frames, what other files have at the top."""
-
-SCANNED = frozenset(
-    (
-        *FUNCTIONAL_GROUPS,
-        "SOPClassUID",
-        "SOPInstanceUID",
-        "SeriesInstanceUID",
-        "SeriesNumber",
-        "FrameOfReferenceUID",
-        "Modality",
-        "ImageType",
-        "AcquisitionNumber",
-        "AcquisitionTime",
-        "ContentTime",
-        "TemporalPositionIdentifier",
-        "LossyImageCompression",
-        "NumberOfFrames",
-        "Rows",
-        "Columns",
-        "SamplesPerPixel",
-        "PhotometricInterpretation",
-        "BitsAllocated",
-        "BitsStored",
-        "HighBit",
-        "PixelRepresentation",
-        "PixelPaddingValue",
-        "PixelPaddingRangeLimit",
-        "SharedFunctionalGroupsSequence",
-        "PerFrameFunctionalGroupsSequence",
-    )
-)
-"""The tags that say what an image is and where it lies."""
 BROKEN_FILE = (ImageError, OSError, EOFError, ValueError, zlib.error, BadZipFile)
 """What opening, unpacking and parsing a broken file raises."""
 
@@ -96,7 +41,6 @@ _KEPT = frozenset((*_SCANNED_TAGS, 0x00080005))
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
 _EXPLICIT = b"1.2.840.10008.1.2.1\0\0\0"
 _DIRECTORY = "1.2.840.10008.1.3.10"
-_PLAIN_VRS = frozenset(("CS", "DS", "IS", "TM", "UI", "US"))  # no value of theirs depends on the character set
 _LONG_VRS = ("OB", "OD", "OF", "OL", "OV", "OW", "UN")
 
 
@@ -164,39 +108,6 @@ class Header:
             return None
 
 
-class _Silence:
-    """No warnings of pydicom from the first thread that enters to the last that leaves: its settings are global."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._threads_inside = 0
-        self._before = ExitStack()
-
-    def __enter__(self) -> None:
-        with self._lock:
-            self._threads_inside += 1
-            if self._threads_inside == 1:
-                settings = pydicom.config.settings
-                self._before.callback(setattr, settings, "reading_validation_mode", settings.reading_validation_mode)
-                settings.reading_validation_mode = pydicom.config.IGNORE
-                self._before.enter_context(warnings.catch_warnings())
-                warnings.simplefilter("ignore")
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._threads_inside -= 1
-            if self._threads_inside == 0:
-                self._before.close()
-
-
-_SILENCE = _Silence()
-
-
-def pydicom_silent() -> AbstractContextManager[None]:
-    """No warnings of pydicom inside: what a header says is judged by ctseg's own rules. For several threads too."""
-    return _SILENCE
-
-
 def read_header(source: Source) -> Header | None:
     """The header of a file; None if it is not DICOM or a DICOMDIR.
 
@@ -260,17 +171,6 @@ def read_bytes(source: Source, limit: int) -> bytes:
     return data
 
 
-def tag_value(header: pydicom.Dataset, keyword: str, frame: int | None = None) -> Any:
-    """The value of a tag: of `frame`, else shared by all frames, else of the file; None if it is not readable."""
-    group = FUNCTIONAL_GROUPS.get(keyword)
-    if frame is not None and group is not None:
-        for groups, index in (("PerFrameFunctionalGroupsSequence", frame), ("SharedFunctionalGroupsSequence", 0)):
-            item = _item(_item(header, groups, index), group, 0)
-            if item is not None and keyword in item:
-                return _get(item, keyword)
-    return _get(header, keyword)
-
-
 def reason(error: BaseException) -> str:
     """What an exception says, in one line, bounded, without UIDs and names of files."""
     says = (isinstance(error, OSError) and error.strerror) or str(error)  # an OSError's text has the file's name
@@ -278,51 +178,6 @@ def reason(error: BaseException) -> str:
         says = "the archive is damaged"  # its text has the member's name
     text = " ".join(str(says).split())
     return printable(without_uids(text[:300])).rstrip(".") or type(error).__name__
-
-
-def _item(dataset: pydicom.Dataset | None, keyword: str, index: int) -> pydicom.Dataset | None:
-    items = None if dataset is None else _get(dataset, keyword)
-    try:
-        return None if items is None else items[index]
-    except (IndexError, TypeError):
-        return None
-
-
-def _get(dataset: pydicom.Dataset, keyword: str) -> Any:
-    tag = _tag(keyword)
-    if tag is None or tag not in dataset:
-        return None
-    try:
-        element = dataset.get_item(tag)
-        if isinstance(element, RawDataElement) and element.length <= LONGEST_SHARED and _is_plain(tag, element.VR):
-            value = _converted(tag, element.VR, element.value, element.is_little_endian)
-        else:
-            value = dataset[tag].value
-    except Exception:  # the conversion of a hostile value raises anything
-        return None
-    return None if value is None or value == "" else value
-
-
-@lru_cache
-def _tag(keyword: str) -> BaseTag | None:
-    """A tag as pydicom's data sets have them; they are slow to look up any other."""
-    number = tag_for_keyword(keyword)
-    return None if number is None else BaseTag(number)
-
-
-@lru_cache
-def _is_plain(tag: int, vr: str | None) -> bool:
-    """Whether a value is what its bytes say alone; without a VR in the file the dictionary's holds."""
-    if vr is None:
-        vr = dictionary_VR(tag) if dictionary_has_tag(tag) else None
-    return vr in _PLAIN_VRS
-
-
-@lru_cache(maxsize=2**14)
-def _converted(tag: int, vr: str | None, content: bytes, is_little_endian: bool) -> Any:
-    """The value of an element: converted once for all files of a series that say the same. Not to be changed."""
-    raw = RawDataElement(BaseTag(tag), vr, len(content), content, 0, vr is None, is_little_endian)
-    return convert_raw_data_element(raw).value
 
 
 def _looks_like_dicom(start: bytes) -> bool:
@@ -359,7 +214,7 @@ def _parse(source: Source, start: bytes, tags: list[BaseTag | int] | None) -> He
         vr, length = stopped[-1]
         offset = buffer.tell() + (12 if vr in _LONG_VRS else 8)
         place = PixelPlace(offset, None if length == UNDEFINED else length, data is not start)
-    syntax = str(_get(dataset.file_meta, "TransferSyntaxUID") or "")
+    syntax = str(value_of(dataset.file_meta, "TransferSyntaxUID") or "")
     return Header(source, dataset, place, syntax, dataset.original_encoding[1] in (True, None))
 
 
@@ -384,9 +239,9 @@ def _inflated(data: bytes, limit: int) -> bytes:
 def _is_object(header: Header, start: bytes) -> bool:
     """False for a directory of files, and for bytes without preamble that name no SOP class of the standard."""
     meta = getattr(header.scanned, "file_meta", None)
-    if meta is not None and str(_get(meta, "MediaStorageSOPClassUID")) == _DIRECTORY:
+    if meta is not None and str(value_of(meta, "MediaStorageSOPClassUID")) == _DIRECTORY:
         return False
-    sop_class = str(_get(header.scanned, "SOPClassUID") or "")
+    sop_class = str(value_of(header.scanned, "SOPClassUID") or "")
     if start[128:132] != b"DICM":
         return sop_class.startswith("1.2.840.10008.5.1.4.")
     return bool(sop_class) or header.pixels is not None

@@ -11,12 +11,12 @@ import pydicom
 from numpy.typing import NDArray
 
 from ctseg.errors import ImageError
-from ctseg.io.dicom.headers import tag_value
 from ctseg.io.dicom.placing import Stack, on_grid, planes
 from ctseg.io.dicom.read import DicomCT
 from ctseg.io.dicom.regions import Choice, Region, check_found, choose_regions
 from ctseg.io.dicom.rtstruct_read import roi_masks, rois
 from ctseg.io.dicom.seg_read import segment_masks, segments
+from ctseg.io.dicom.tags import tag_value
 from ctseg.volume import Volume
 
 Overlap = Literal["error", "first", "last"]

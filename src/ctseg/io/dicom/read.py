@@ -20,12 +20,13 @@ from ctseg.io.dicom.files import Source, list_sources
 from ctseg.io.dicom.frames import CT_CLASSES, LONGEST_TEXT, slices_of
 from ctseg.io.dicom.geometry import at_one_position, measure
 from ctseg.io.dicom.grouping import Broken, add_broken, group_slices
-from ctseg.io.dicom.headers import BROKEN_FILE, Header, pydicom_silent, read_header, reason
+from ctseg.io.dicom.headers import BROKEN_FILE, Header, read_header, reason
 from ctseg.io.dicom.pixels import read_voxels
 from ctseg.io.dicom.report import GeometryReport, Repairs, make_report, text
 from ctseg.io.dicom.resample import fill_between, shear, shear_margins, unshear_labels
 from ctseg.io.dicom.rule import choose
 from ctseg.io.dicom.series import Series, Slice
+from ctseg.io.dicom.silence import pydicom_silent
 from ctseg.progress import Progress, Silent, printable
 from ctseg.volume import Volume
 

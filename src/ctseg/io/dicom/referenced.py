@@ -9,8 +9,8 @@ from functools import cached_property
 import pydicom
 
 from ctseg.errors import ImageError
-from ctseg.io.dicom.headers import tag_value
 from ctseg.io.dicom.series import Series
+from ctseg.io.dicom.tags import tag_value
 
 _NOT_SEARCHED = ("ROIContourSequence", "PerFrameFunctionalGroupsSequence")
 """Sequences of thousands of items that repeat what the others say."""

@@ -19,11 +19,11 @@ from ctseg.errors import ImageError, OutputError
 from ctseg.files import atomic_path
 from ctseg.io.dicom.contours import outlines
 from ctseg.io.dicom.derived import COLOURS, MAKER, References, instance, references
-from ctseg.io.dicom.headers import pydicom_silent
 from ctseg.io.dicom.placing import Stack
 from ctseg.io.dicom.read import DicomCT
 from ctseg.io.dicom.rtstruct_read import roi_masks
 from ctseg.io.dicom.series import Slice
+from ctseg.io.dicom.silence import pydicom_silent
 
 DECIMALS = 4
 """Of coordinates in millimetres: a tenth of a micrometre, and far from the 16 characters that a number may have."""

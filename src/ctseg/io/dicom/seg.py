@@ -16,11 +16,11 @@ from ctseg.codes import Algorithm, Code, Structure
 from ctseg.errors import ImageError, OutputError
 from ctseg.files import atomic_path
 from ctseg.io.dicom.derived import COLOURS, MAKER, References, decimal, decimals, instance, references
-from ctseg.io.dicom.headers import pydicom_silent
 from ctseg.io.dicom.placing import Stack
 from ctseg.io.dicom.read import DicomCT
 from ctseg.io.dicom.seg_read import segment_masks
 from ctseg.io.dicom.series import Slice
+from ctseg.io.dicom.silence import pydicom_silent
 
 if TYPE_CHECKING:
     from highdicom.seg import SegmentDescription

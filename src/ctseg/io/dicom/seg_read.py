@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from ctseg.errors import ImageError
 from ctseg.io import MAX_VOXELS
 from ctseg.io.dicom.frames import integer
-from ctseg.io.dicom.headers import tag_value
 from ctseg.io.dicom.placing import AXES_TOLERANCE, IN_PLANE_TOLERANCE, Stack
 from ctseg.io.dicom.regions import Region, codes_in, shown_name
 from ctseg.io.dicom.seg_pixels import decode
+from ctseg.io.dicom.tags import tag_value
 
 FRACTION = 0.5
 """A voxel of a FRACTIONAL segment belongs to it from this share of the maximum on."""
