@@ -201,7 +201,7 @@ def test_network_grid_is_monais_for_random_grids() -> None:
         )
         affine = zoom_affine(source.affine_ras, kept, diagonal=False)
         size, affine[:3, 3] = compute_shape_offset(source.size, source.affine_ras, affine)
-        ours = network_geometry(grid, SPEC.spacing_mm)
+        ours = network_geometry(grid, SPEC)
         assert ours.size == tuple(size)
         np.testing.assert_allclose(ours.affine_ras, affine, rtol=0, atol=1e-6)
 
@@ -307,7 +307,7 @@ def test_a_grid_too_large_to_be_a_ct_is_refused() -> None:
 def test_a_large_but_possible_grid_is_accepted() -> None:
     """A whole body in slices of 0.5 mm, a billion voxels."""
     grid = grid_of((512, 512, 4000), (0.98, 0.98, 0.5), "RAS")
-    assert network_geometry(grid, grid.spacing_mm).size == grid.size
+    assert network_geometry(grid, replace(SPEC, spacing_mm=grid.spacing_mm)).size == grid.size
 
 
 # Labels
@@ -432,7 +432,7 @@ def test_one_scored_voxel_is_found_wherever_it_lies(
     spot: tuple[int, int, int], spacing_mm: tuple[float, float, float], channels: int
 ) -> None:
     grid = grid_of((27, 22, 19), spacing_mm, "SLA", (-8, 17, 29), as_in_nifti=True)
-    prepared = Prepared(torch.empty(0), network_geometry(grid, SPEC.spacing_mm), grid)
+    prepared = Prepared(torch.empty(0), network_geometry(grid, SPEC), grid)
     scores = torch.full((channels, *prepared.geometry.size), -0.13)
     scores[0] = -0.13 if channels == 1 else 0.0
     scores[(-1, *spot)] = 0.87
@@ -444,7 +444,7 @@ def test_one_scored_voxel_is_found_wherever_it_lies(
 @pytest.mark.parametrize("channels", [1, 3])
 def test_scattered_labels_are_restored_as_on_the_whole_grid(channels: int) -> None:
     grid = grid_of((27, 22, 19), SPACING_MM, "PIR")
-    prepared = Prepared(torch.empty(0), network_geometry(grid, SPEC.spacing_mm), grid)
+    prepared = Prepared(torch.empty(0), network_geometry(grid, SPEC), grid)
     rng = np.random.default_rng(6)
     for share in (0.0005, 0.01, 0.3):
         scored = rng.random((channels, *prepared.geometry.size)) < share
@@ -456,7 +456,7 @@ def test_scattered_labels_are_restored_as_on_the_whole_grid(channels: int) -> No
 @pytest.mark.parametrize("label", [0, 1])
 def test_all_or_nothing(channels: int, label: int) -> None:
     grid = grid_of(codes="IPR", tilt_degrees=(30, -30, 30))
-    prepared = Prepared(torch.empty(0), network_geometry(grid, SPEC.spacing_mm), grid)
+    prepared = Prepared(torch.empty(0), network_geometry(grid, SPEC), grid)
     scores = torch.zeros((channels, *prepared.geometry.size))
     scores[-1 if label else 0] += 0.5 if label or channels == 3 else -0.5
     np.testing.assert_array_equal(restore(scores, prepared), np.full(SIZE, label * max(channels - 1, 1)))
@@ -464,7 +464,7 @@ def test_all_or_nothing(channels: int, label: int) -> None:
 
 def test_equal_scores_are_background_or_the_first_label() -> None:
     grid = grid_of((4, 5, 3), SPEC.spacing_mm, "RAS")
-    prepared = Prepared(torch.empty(0), network_geometry(grid, SPEC.spacing_mm), grid)
+    prepared = Prepared(torch.empty(0), network_geometry(grid, SPEC), grid)
     scores = torch.zeros((1, 4, 5, 3))
     scores[0, 0, 0, 0] = scores[0, 3, 4, 2] = 0.1
     assert np.count_nonzero(restore(scores, prepared)) == 2
@@ -475,7 +475,7 @@ def test_equal_scores_are_background_or_the_first_label() -> None:
 
 def test_labels_up_to_255_fit() -> None:
     grid = grid_of((2, 2, 1), SPEC.spacing_mm, "RAS")
-    prepared = Prepared(torch.empty(0), network_geometry(grid, SPEC.spacing_mm), grid)
+    prepared = Prepared(torch.empty(0), network_geometry(grid, SPEC), grid)
     scores = torch.zeros((256, 2, 2, 1))
     scores[255, 0, 1] = scores[200, 1, 1] = 1.0
     assert restore(scores, prepared)[..., 0].tolist() == [[0, 255], [0, 200]]

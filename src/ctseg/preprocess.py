@@ -60,8 +60,8 @@ class Prepared:
     """A network's input and the two grids it lies between.
 
     Attributes:
-        image_XYZ: float32 in 0..1. In memory of the CPU z lies fastest, as windows are cut along it; on disk and on a
-            GPU it has the source's order.
+        image_XYZ: float32, in 0..1 unless the recipe does not clip. In memory of the CPU z lies fastest, as windows are
+            cut along it; on disk and on a GPU it has the source's order.
         geometry: The RAS grid of `image_XYZ`.
         source: The grid of the CT it was made from.
     """
@@ -115,12 +115,13 @@ class Taps:
         return len(self.weight)
 
 
-def network_geometry(source: Geometry, spacing_mm: tuple[float, float, float]) -> Geometry:
-    """The RAS grid at `spacing_mm` over `source`, laid out as MONAI's Spacing does it, step by step.
+def network_geometry(source: Geometry, spec: Preprocess) -> Geometry:
+    """The RAS grid at `spec.spacing_mm` over `source`, laid out as MONAI's Spacing does it, step by step.
 
-    An axis whose spacing is within SPACING_TOLERANCE_MM of the wanted one keeps its own. The first voxel centres of
-    both grids coincide, the last may be half a voxel apart. Only where the axes are not quite at right angles does
-    MONAI align the grids' middles instead, and the float32 header of an oblique NIfTI file is enough for that.
+    An axis whose spacing is within SPACING_TOLERANCE_MM of the wanted one keeps its own, and so do slices where the
+    recipe says so. The first voxel centres of both grids coincide, the last may be half a voxel apart. Only where the
+    axes are not quite at right angles does MONAI align the grids' middles instead, and the float32 header of an oblique
+    NIfTI file is enough for that.
 
     Raises:
         ImageError: if the grid would have more than MAX_VOXELS.
@@ -128,8 +129,10 @@ def network_geometry(source: Geometry, spacing_mm: tuple[float, float, float]) -
     ras = to_ras(Volume(np.broadcast_to(np.uint8(0), source.size), source)).geometry
     x, y, z = (
         have if abs(have - want) <= SPACING_TOLERANCE_MM else want
-        for have, want in zip(ras.spacing_mm, spacing_mm, strict=True)
+        for have, want in zip(ras.spacing_mm, spec.spacing_mm, strict=True)
     )
+    if spec.keep_slice_spacing:
+        z = ras.spacing_mm[2]
     axes = ras.affine[:3, :3]
     rotation = axes @ np.linalg.inv(np.linalg.cholesky(axes.T @ axes).T)
     affine = Geometry.from_parts(source.size, (x, y, z), (0.0, 0.0, 0.0), rotation).affine
@@ -153,7 +156,7 @@ def _times(values: Iterable[float]) -> str:
 
 
 def prepare(volume: Volume, spec: Preprocess, device: torch.device, scratch: Path | None = None) -> Prepared:
-    """The network's input: RAS axes, `spec.spacing_mm`, `spec.hu_window` mapped to 0..1 and clipped.
+    """The network's input: RAS axes, `spec.spacing_mm`, `spec.hu_window` mapped to 0..1 and clipped there.
 
     Args:
         volume: CT in Hounsfield units, any axis order.
@@ -176,7 +179,7 @@ def preparation(
 
     That raises ImageError if what is read proves to be damaged or no CT.
     """
-    grid = network_geometry(volume.geometry, spec.spacing_mm)
+    grid = network_geometry(volume.geometry, spec)
     low, high = spec.hu_window
     axes = memory_order(volume.array) if isinstance(volume, Volume) else [2, 1, 0]
     taps = [_to_network_grid(volume.geometry, grid, axis, device) for axis in axes]
@@ -190,7 +193,7 @@ def preparation(
             slab -= low
             slab /= high - low
             part = out[start : start + len(slab)]
-            part[...] = xp.clip(slab, 0.0, 1.0)
+            part[...] = xp.clip(slab, 0.0, 1.0) if spec.clip else slab
             release_array(part)
             on_part(start, start + len(slab))
 
@@ -211,7 +214,7 @@ def prepare_labels(labels: Volume, spec: Preprocess) -> NDArray[np.uint8]:
 
     Voxels halfway between two go to the even one; in MONAI's Spacing rounding errors decide.
     """
-    grid = network_geometry(labels.geometry, spec.spacing_mm)
+    grid = network_geometry(labels.geometry, spec)
     order = orientation_to_ras(labels.geometry)
     index = []
     for axis in range(3):

@@ -283,16 +283,16 @@ def test_processes_of_one_number_on_two_nodes_do_not_take_each_others_files(
 
 def test_a_case_made_by_another_process_meanwhile_is_accepted(own_case, tiny_recipe, tmp_path, monkeypatch) -> None:
     """Two trainings that start together prepare the same cases; the second one to finish must not fail."""
-    prepare_alone = bank.prepare_image
+    prepare_alone = bank.prepare
 
     def overtaken(*args):
-        monkeypatch.setattr(bank, "prepare_image", prepare_alone)
+        monkeypatch.setattr(bank, "prepare", prepare_alone)
         prepare_bank((own_case,), tiny_recipe, tmp_path, Silent())
         inode.append(case_folder(bank_folder(tmp_path, tiny_recipe), own_case).stat().st_ino)
         return prepare_alone(*args)
 
     inode: list[int] = []
-    monkeypatch.setattr(bank, "prepare_image", overtaken)
+    monkeypatch.setattr(bank, "prepare", overtaken)
     folder = prepare_bank((own_case,), tiny_recipe, tmp_path, Silent()).folder
     assert case_folder(folder, own_case).stat().st_ino == inode[0]  # whoever has opened it keeps it
     assert list(folder.iterdir()) == [case_folder(folder, own_case)]

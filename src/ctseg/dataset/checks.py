@@ -184,12 +184,11 @@ def _spacing(case: Case, facts: CaseFacts, _: Recipe) -> Iterator[Finding]:
 
 def _network_grid(case: Case, facts: CaseFacts, recipe: Recipe) -> Iterator[Finding]:
     from ctseg.preprocess import network_geometry
-    from ctseg.scaling import spec_for
 
     if facts.image.is_readable:
         grid = facts.image.geometry
         try:
-            network_geometry(grid, spec_for(recipe.preprocess, grid).spacing_mm)
+            network_geometry(grid, recipe.preprocess)
         except ImageError as error:
             yield Finding("error", "size", case.name, str(error))
 

@@ -32,11 +32,10 @@ from ctseg.files import make_folder, output_errors, sync_contents
 from ctseg.io.images import read_image, read_labels
 from ctseg.manifest import Case
 from ctseg.organs import index_organs
-from ctseg.preprocess import prepare_labels
+from ctseg.preprocess import prepare, prepare_labels
 from ctseg.progress import Progress
 from ctseg.recipe import Recipe
 from ctseg.sampling import CaseArrays
-from ctseg.scaling import prepare_image, spec_for
 from ctseg.volume import Volume
 from ctseg.workers import in_parallel, num_workers
 
@@ -218,9 +217,9 @@ def _prepare_case(folder: Path, case: Case, recipe: Recipe) -> None:
     highest = int(labels.array.max())
     if highest > num_labels:
         raise ImageError(f"'{case.label}': label value {highest}, but the recipe has values 1..{num_labels}")
-    image_XYZ = prepare_image(image, spec, torch.device("cpu")).image_XYZ.numpy()
+    image_XYZ = prepare(image, spec, torch.device("cpu")).image_XYZ.numpy()
     # On the image's grid, to the last digit: the label's header may differ in its rounding.
-    label_XYZ = prepare_labels(Volume(labels.array, image.geometry), spec_for(spec, image.geometry))
+    label_XYZ = prepare_labels(Volume(labels.array, image.geometry), spec)
     if spec.crop_foreground:
         box = _foreground_box(image_XYZ)
         image_XYZ, label_XYZ = image_XYZ[box], label_XYZ[box]

@@ -13,7 +13,6 @@ from ctseg.io.images import read_geometry
 from ctseg.manifest import Case
 from ctseg.preprocess import network_geometry
 from ctseg.progress import Progress
-from ctseg.scaling import spec_for
 from ctseg.specs import Preprocess
 
 DISK_BYTES_PER_VOXEL = 7
@@ -34,7 +33,7 @@ def estimate(case: Case, spec: Preprocess) -> Estimate:
     """What preparing a case takes; nothing where its header cannot be read, as it then fails at once."""
     try:
         source = read_geometry(case.image)
-        grid = network_geometry(source, spec_for(spec, source).spacing_mm)
+        grid = network_geometry(source, spec)
     except ImageError:
         return Estimate(0, 0)
     voxels, grid_voxels = math.prod(source.size), math.prod(grid.size)

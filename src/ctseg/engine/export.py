@@ -27,8 +27,8 @@ from ctseg.engine.runtime import Runtime
 from ctseg.engine.windows import window_starts
 from ctseg.errors import CtsegError, ModelError
 from ctseg.files import atomic_folder, atomic_path, make_folder
+from ctseg.preprocess import prepare
 from ctseg.recipe import RECIPE_ENTRY, Recipe
-from ctseg.scaling import prepare_image
 from ctseg.sources.phantom import make_phantom
 from ctseg.workspace import EXPORT_SUFFIXES
 
@@ -160,7 +160,7 @@ def _probe_windows(recipe: Recipe, runtime: Runtime) -> list[Tensor]:
 
     A recipe with clicks gets a positive one in the middle of the window and a negative one nearer to its beginning.
     """
-    image_XYZ = prepare_image(make_phantom(seed=0, index=0).image, recipe.preprocess, runtime.device).image_XYZ
+    image_XYZ = prepare(make_phantom(seed=0, index=0).image, recipe.preprocess, runtime.device).image_XYZ
     size = recipe.inference.window_size
     shape = tuple(int(n) for n in np.maximum(image_XYZ.shape, size))
     starts = list(window_starts((shape[0], shape[1], shape[2]), size, recipe.inference.overlap))

@@ -325,7 +325,7 @@ def plan_case(
         ImageError: if the network's grid would have too many voxels.
     """
     voxels = math.prod(extent.geometry.size)
-    grid = network_geometry(extent.geometry, model.recipe.preprocess.spacing_mm).size
+    grid = network_geometry(extent.geometry, model.recipe.preprocess).size
     windows = num_windows(grid, model.recipe.inference)
     streamed = streamed and extent.streams and not keep and model.runtime.device.type == "cpu"
     per_voxel = STREAMED_SECONDS_PER_VOXEL if streamed else SECONDS_PER_VOXEL

@@ -26,10 +26,9 @@ from ctseg.engine.model import Model
 from ctseg.engine.predict import scores_from_logits
 from ctseg.engine.runtime import memory_errors
 from ctseg.errors import ClickError, ModelError
-from ctseg.preprocess import Prepared, restore
+from ctseg.preprocess import Prepared, prepare, restore
 from ctseg.regions import Region, point_in_window, region_around, window_geometry
 from ctseg.sampling import cut_region
-from ctseg.scaling import prepare_image
 from ctseg.specs import ClicksSpec
 from ctseg.volume import Geometry, Volume
 
@@ -118,7 +117,7 @@ def prepare_for_clicks(model: Model, volume: Volume) -> Prepared:
     clicks_of(model)
     size = "x".join(map(str, volume.geometry.size))
     with memory_errors(f"a CT of {size} voxels", model.runtime.device):
-        prepared = prepare_image(volume, model.recipe.preprocess, model.runtime.device)
+        prepared = prepare(volume, model.recipe.preprocess, model.runtime.device)
         return dataclasses.replace(prepared, image_XYZ=prepared.image_XYZ.half().cpu())
 
 

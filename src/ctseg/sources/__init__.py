@@ -1,1 +1,1 @@
-"""Where data sets come from: made CT that ships as code."""
+"""Where data sets come from: published archives, which are downloaded, and made CT."""

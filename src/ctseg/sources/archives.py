@@ -32,7 +32,7 @@ class Archive:
 
     file: str
     urls: tuple[str, ...] = ()
-    """None where only a login gives the file."""
+    """Empty where only a login gives the file."""
     digests: dict[str, str] = field(default_factory=dict)
     into: str = ""
     """The folder for its files inside the data set."""

@@ -57,7 +57,7 @@ class Broken:
     uid: str = ""
 
 
-def add_broken(series: Iterable[Series], broken: Sequence[Broken]) -> tuple[list[Series], list[Broken]]:
+def add_broken(series: Sequence[Series], broken: Sequence[Broken]) -> tuple[list[Series], list[Broken]]:
     """The series, those with broken files with the problem "broken-files"; and the files that belong to none."""
     of_uid: dict[str, list[Broken]] = defaultdict(list)
     for one in broken:

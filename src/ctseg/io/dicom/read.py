@@ -220,7 +220,7 @@ def read_series(series: Series, *, gaps: Gaps = "error", tilt: Tilt = "error", s
 
 
 def describe(series: Series) -> str:
-    """A series in one line: "#2 'Abdomen' (CT, 120 slices of 512 x 512)"."""
+    """A series in one line: "series #2 'Abdomen' (CT, 120 slices of 512 x 512, every 2.50 mm)"."""
     name = text(series, "SeriesDescription")
     columns, rows = series.slices[0].size
     step_mm = series.spacing_mm[2]
