@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from ctseg.errors import RecipeError
+from ctseg.foreign.render import render_recipe
 from ctseg.recipe import Recipe, load_recipe, recipe_from_dict, recipe_names, recipe_path, variant_names
 from ctseg.specs import (
     AdamSpec,
@@ -465,3 +466,11 @@ def test_wrong_variants(tmp_path: Path, variants: object):
 def test_recipe_inside_another_file():
     with pytest.raises(RecipeError, match=r"^recipe inside 'x\.pt': file: expected a table, got None$"):
         recipe_from_dict(None, "recipe inside 'x.pt'")
+
+
+@pytest.mark.parametrize("name", ALL_NAMES)
+def test_a_rendered_recipe_is_the_same_recipe(name: str, tmp_path: Path):
+    """As `ctseg import-bundle` writes it."""
+    recipe, file = load_recipe(name), tmp_path / "recipe.toml"
+    file.write_text(render_recipe(recipe, {"training.epochs": "a card"}, ["Imported"]), encoding="utf-8")
+    assert load_recipe(str(file)) == recipe

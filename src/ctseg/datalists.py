@@ -69,7 +69,7 @@ def _read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise ManifestError(f"manifest '{path}': cannot be read: {error}; save it as UTF-8") from error
     except OSError as error:
-        raise ManifestError(f"manifest '{path}': cannot be read: {error}") from error
+        raise ManifestError(f"manifest '{path}': cannot be read: {error.strerror}; check the path") from error
 
 
 def _read_csv(text: str, path: Path) -> dict[str, list[dict[str, Any]]]:

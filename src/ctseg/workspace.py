@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ MODELS = Path("models")
 PREPARED = Path("prepared")
 RECIPE_FILE, DATA_FILE = "recipe.json", "data.json"
 CHECKPOINTS = ("best.pt", "last.pt")
-START_REPORT = "start.json"
-"""In a fine-tuned run: where its first weights came from, and which of them."""
+START, START_REPORT = "start.pt", "start.json"
+"""In a fine-tuned run: its first weights; where they came from, and which of them."""
 MODEL_SUFFIXES = (".pt", ".ts", ".onnx")
 EXPORT_SUFFIXES = {"torchscript": ".ts", "onnx": ".onnx"}
 
@@ -52,11 +53,16 @@ def run_recipe(run: Path) -> Recipe:
     return recipe_from_dict(data, f"recipe of run '{run}'")
 
 
-def newest_run(recipe_name: str | None = None, *, trained: bool = False) -> Path | None:
-    """The run in `runs/` that was written to last, of one recipe if given, with a checkpoint if `trained`, or None."""
+def newest_run(recipe_name: str | None = None, *, trained: bool = False, finetuned: bool | None = None) -> Path | None:
+    """The run in `runs/` that was written to last, of one recipe if given, with a checkpoint if `trained`, or None.
+
+    With `finetuned` one that `ctseg finetune` has started, or one that it has not; None: either.
+    """
     found = []
     for file in RUNS.glob(f"*/{RECIPE_FILE}"):
         run = file.parent
+        if finetuned is not None and (run / START_REPORT).exists() != finetuned:
+            continue
         checkpoints = [run / name for name in CHECKPOINTS if (run / name).exists()]
         if recipe_name in (None, _recipe_name(file)) and (checkpoints or not trained):
             found.append((max(f.stat().st_mtime_ns for f in (file, *checkpoints)), run))
@@ -88,6 +94,19 @@ def start_run(run: Path, recipe: Recipe, manifest: Manifest, precision: str = "a
         write_json(run / RECIPE_FILE, recipe.to_dict())
     finally:
         os.close(folder)
+
+
+def forget_run(run: Path) -> None:
+    """Takes back what a training writes before it begins, unless it has a checkpoint: the same command can begin again.
+
+    What else there is stays.
+    """
+    if any((run / name).exists() for name in CHECKPOINTS):
+        return
+    for name in (RECIPE_FILE, DATA_FILE, START_REPORT, START):
+        (run / name).unlink(missing_ok=True)
+    with suppress(OSError):  # it holds something else
+        run.rmdir()
 
 
 def replace_recipe(run: Path, recipe: Recipe) -> None:

@@ -97,7 +97,7 @@ def check_start(recipe: str, options: TrainOptions, weights: str | None, new_hea
         return find_weights(weights)
     if weights is not None or new_head:
         raise CtsegError("--resume: goes on with the weights of the run, so --from and --new-head cannot be given")
-    _, run = resumed_run(recipe, options.overrides, options.output, options.change_recipe)
+    _, run = resumed_run(recipe, options, finetuned=True)
     if not (run / START_REPORT).is_file():
         raise CtsegError(
             f"--resume: run '{run}' was not started by finetune; name another with --output, or use `ctseg train`"

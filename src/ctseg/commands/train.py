@@ -144,7 +144,7 @@ def run_training(
         suffix: Stands in the name of a new run's folder, after the recipe's.
     """
     o = options
-    plan = plan_training(name, o)
+    plan = plan_training(name, o, finetuned=bool(suffix))
     wanted, run = plan.recipe, plan.run or new_run(plan.recipe, suffix)
     tasks = slurm.num_tasks(os.environ)
     if (o.gpus or 1) > 1 and tasks > 1 and "RANK" not in os.environ:
@@ -194,8 +194,10 @@ def run_training(
             emit({**dataclasses.asdict(result), **about}, text, o.as_json)
 
 
-def plan_training(name: str, options: TrainOptions) -> Plan:
+def plan_training(name: str, options: TrainOptions, *, finetuned: bool = False) -> Plan:
     """Checks all of a training's options that need neither PyTorch nor the machine that will train.
+
+    A fine-tuning goes on with a run that was begun by one, unless it is named; a training with any other.
 
     Raises:
         CtsegError: naming the option and what to do.
@@ -210,7 +212,7 @@ def plan_training(name: str, options: TrainOptions) -> Plan:
         if folder is not None and folder.is_file():
             raise CtsegError(f"{option} {folder}: must be a folder, got a file")
     if o.resume:
-        recipe, run = resumed_run(name, o.overrides, o.output, o.change_recipe)
+        recipe, run = resumed_run(name, o, finetuned=finetuned)
         return Plan(recipe, run, recipe.data.manifest, max_gpu_bytes)
     recipe = load_recipe(name, o.overrides)
     if o.output is not None and (o.output / RECIPE_FILE).exists() and slurm.num_processes(os.environ) == 1:
@@ -224,18 +226,21 @@ def check_data(plan: Plan, options: TrainOptions) -> None:
         find_manifest(plan.source, options.data).split("training")
 
 
-def resumed_run(
-    name: str, overrides: list[str] | None, output: Path | None, change: bool = False
-) -> tuple[Recipe, Path]:
+def resumed_run(name: str, options: TrainOptions, *, finetuned: bool) -> tuple[Recipe, Path]:
     """The run to go on with and its own recipe; what is given anew, by --set or by a file, must agree with it.
 
-    With `change` it is taken instead: a shipped recipe's name stands for the run's own recipe, to which --set applies.
+    With --change-recipe it is taken instead: a shipped recipe's name stands for the run's own recipe, to which --set
+    applies.
     """
+    overrides, change = options.overrides, options.change_recipe
     shipped = name.partition(":")[0] in recipe_names()
     recipe = load_recipe(name, None if change and shipped else overrides)
-    run = output or newest_run(recipe.name)
+    run = options.output or newest_run(recipe.name, finetuned=finetuned)
     if run is None:
-        raise CtsegError(f"--resume: no run of recipe '{recipe.name}' in 'runs/' of this folder; name it with --output")
+        command = " by `ctseg finetune`" if finetuned else ""
+        raise CtsegError(
+            f"--resume: no run of recipe '{recipe.name}'{command} in 'runs/' of this folder; name it with --output"
+        )
     own = run_recipe(run)
     a, b = recipe.flat(), own.flat()
     differing = sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 FORMAT = "ctseg-checkpoint"
 VERSION = 1
-BEST, LAST, PREVIOUS, START = "best.pt", "last.pt", "previous.pt", "start.pt"
+BEST, LAST, PREVIOUS = "best.pt", "last.pt", "previous.pt"
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:

@@ -16,6 +16,12 @@ from ctseg.progress import Progress
 from ctseg.recipe import Recipe
 
 
+def check_gpu(runtime: Runtime) -> None:
+    """Raises DeviceError unless there is a GPU whose memory can be limited."""
+    if runtime.device.type != "cuda":
+        raise DeviceError("--max-gpu-memory: training runs on the CPU; leave it out or choose --device cuda")
+
+
 def fit_into_memory(trainer: Trainer, max_bytes: int, progress: Progress) -> int:
     """Limits this process to `max_bytes` of its GPU and returns how many patches at once fit, tried out in real steps.
 
@@ -26,8 +32,7 @@ def fit_into_memory(trainer: Trainer, max_bytes: int, progress: Progress) -> int
         NotEnoughMemory: if not even one patch fits.
     """
     recipe, runtime = trainer.recipe, trainer.runtime
-    if runtime.device.type != "cuda":
-        raise DeviceError("--max-gpu-memory: training runs on the CPU; leave it out or choose --device cuda")
+    check_gpu(runtime)
     total = int(torch.cuda.get_device_properties(runtime.device).total_memory)
     torch.cuda.set_per_process_memory_fraction(min(max_bytes / total, 1.0), runtime.device)
     step = math.ceil(recipe.training.batch_cases * recipe.sampling.patches_per_case / runtime.world_size)

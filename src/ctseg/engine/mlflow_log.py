@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import time
 from pathlib import Path
@@ -16,6 +17,12 @@ RUN_ID_FILE = "mlflow.txt"
 MAX_PARAM_LENGTH = 500
 
 
+def check_mlflow() -> None:
+    """Raises CtsegError if MLflow is not installed; it is not imported."""
+    if importlib.util.find_spec("mlflow") is None:
+        raise CtsegError("--mlflow: the package is missing; install it with: pip install 'ctseg[mlflow]'")
+
+
 class MlflowLog:
     """Sends each epoch's numbers to an MLflow server. Nothing of the cases is sent: no names, no paths, no images.
 
@@ -27,12 +34,9 @@ class MlflowLog:
         os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # read when mlflow is imported
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # its own seven take minutes of every epoch
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-        try:
-            from mlflow import MlflowClient
-        except ImportError as error:
-            raise CtsegError(
-                "--mlflow: the package is missing; install it with: pip install 'ctseg[mlflow]'"
-            ) from error
+        check_mlflow()
+        from mlflow import MlflowClient
+
         self.uri = uri
         try:
             self.client = MlflowClient(tracking_uri=uri)

@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ctseg.engine.bank import bank_fingerprint, bank_folder, prepare_bank
-from ctseg.engine.checkpoint import BEST, LAST, PREVIOUS, START, save_checkpoint
+from ctseg.engine.checkpoint import BEST, LAST, PREVIOUS, save_checkpoint
 from ctseg.engine.determinism import set_determinism
 from ctseg.engine.fit import fit
-from ctseg.engine.memory import fit_into_memory
+from ctseg.engine.memory import check_gpu, fit_into_memory
+from ctseg.engine.mlflow_log import check_mlflow
 from ctseg.engine.process import peak_memory_bytes
 from ctseg.engine.runtime import Runtime, memory_errors
 from ctseg.engine.samples import open_samples
 from ctseg.engine.trainer import Trainer
-from ctseg.errors import CtsegError, Stopped
+from ctseg.errors import CtsegError, PeerLost, Stopped
 from ctseg.files import make_folder, write_json
 from ctseg.manifest import Manifest, check_files, read_manifest
 from ctseg.progress import Progress
 from ctseg.recipe import Recipe
-from ctseg.workspace import DATA_FILE, PREPARED, RECIPE_FILE, START_REPORT, replace_recipe, start_run
+from ctseg.workspace import (
+    DATA_FILE,
+    PREPARED,
+    RECIPE_FILE,
+    START,
+    START_REPORT,
+    forget_run,
+    replace_recipe,
+    start_run,
+)
 
 FindData = Callable[[Progress], Manifest]
 """Finds (or makes) the cases; asked only in the main process and only for a new run."""
@@ -75,44 +87,63 @@ def train(
         CtsegError: if the data, the run folder or the machine does not allow it.
         Stopped: after a stop request, with everything saved.
     """
-    problem: CtsegError | None = None
-    if runtime.is_main:
-        try:
-            manifest = _set_up(recipe, run, find_data(progress) if find_data else None, runtime.precision, start)
-            prepare_bank(manifest.to_prepare, recipe, prepared, progress, stop_requested)
-        except CtsegError as error:
-            problem = error
-    _raise_together(runtime, problem)
-    manifest = read_manifest(run / DATA_FILE)
-    folder = bank_folder(prepared, recipe)
-    training = open_samples(manifest.split("training"), prepared, recipe, manifest.labels, runtime.device)
-    validation = open_samples(manifest.validation, prepared, recipe, manifest.labels, runtime.device)
-    if remark := set_determinism(recipe, runtime.device):
-        progress.note(remark)
-    trainer = Trainer.fresh(recipe, runtime, bank_fingerprint(manifest.to_prepare, folder))
-    if warning := trainer.load(run, changed=change_recipe):
-        progress.note(f"warning: {warning}")
-    if len(set(runtime.gather((trainer.epoch, trainer.step)))) > 1:
-        raise CtsegError(f"run '{run}': the processes do not read the same checkpoint; is the folder on a shared disk?")
     if max_gpu_bytes is not None:
-        trainer.patches_per_pass = fit_into_memory(trainer, max_gpu_bytes, progress)
-    if runtime.is_main:
-        trainer.repair_best(run)
-        if change_recipe and (run / LAST).exists():
-            replace_recipe(run, recipe)
-            trainer.save(run)
-            (run / PREVIOUS).unlink(missing_ok=True)  # of the old recipe: nothing to fall back on
-    with memory_errors(f"training {recipe.name}", runtime.device):
-        best = fit(trainer, training, validation, run, progress, stop_requested, mlflow_uri)
-    return TrainResult(
-        run=run,
-        checkpoint=run / (BEST if best else LAST),
-        epochs=trainer.epoch,
-        loss=trainer.history[-1]["loss"],
-        best_epoch=best["epoch"] if best else None,
-        best_mean_dice=best["mean_dice"] if best else None,
-        peak_memory_gb=peak_memory_bytes(runtime.device) / 1e9,
-    )
+        check_gpu(runtime)
+    if mlflow_uri is not None:
+        check_mlflow()
+    with ExitStack() as begun:
+        problem: CtsegError | None = None
+        if runtime.is_main:
+            try:
+                manifest = _set_up(recipe, run, find_data(progress) if find_data else None, runtime.precision, start)
+                if find_data is not None:
+                    begun.push(partial(_forget_what_failed, run))
+                prepare_bank(manifest.to_prepare, recipe, prepared, progress, stop_requested)
+            except CtsegError as error:
+                problem = error
+        _raise_together(runtime, problem)
+        manifest = read_manifest(run / DATA_FILE)
+        folder = bank_folder(prepared, recipe)
+        training = open_samples(manifest.split("training"), prepared, recipe, manifest.labels, runtime.device)
+        validation = open_samples(manifest.validation, prepared, recipe, manifest.labels, runtime.device)
+        if remark := set_determinism(recipe, runtime.device):
+            progress.note(remark)
+        trainer = Trainer.fresh(recipe, runtime, bank_fingerprint(manifest.to_prepare, folder))
+        if warning := trainer.load(run, changed=change_recipe):
+            progress.note(f"warning: {warning}")
+        if find_data is None:
+            progress.note(f"goes on after epoch {trainer.epoch} of {recipe.training.epochs}")
+        if len(set(runtime.gather((trainer.epoch, trainer.step)))) > 1:
+            raise CtsegError(
+                f"run '{run}': the processes do not read the same checkpoint; is the folder on a shared disk?"
+            )
+        if max_gpu_bytes is not None:
+            trainer.patches_per_pass = fit_into_memory(trainer, max_gpu_bytes, progress)
+        if runtime.is_main:
+            trainer.repair_best(run)
+            if change_recipe and (run / LAST).exists():
+                replace_recipe(run, recipe)
+                trainer.save(run)
+                (run / PREVIOUS).unlink(missing_ok=True)  # of the old recipe: nothing to fall back on
+        with memory_errors(f"training {recipe.name}", runtime.device):
+            best = fit(trainer, training, validation, run, progress, stop_requested, mlflow_uri)
+        return TrainResult(
+            run=run,
+            checkpoint=run / (BEST if best else LAST),
+            epochs=trainer.epoch,
+            loss=trainer.history[-1]["loss"],
+            best_epoch=best["epoch"] if best else None,
+            best_mean_dice=best["mean_dice"] if best else None,
+            peak_memory_gb=peak_memory_bytes(runtime.device) / 1e9,
+        )
+
+
+def _forget_what_failed(
+    run: Path, _kind: type[BaseException] | None, error: BaseException | None, _traceback: object
+) -> None:
+    """Takes back a new run that an error has ended before anything was trained; a stopped one can be resumed."""
+    if isinstance(error, CtsegError) and not isinstance(error, Stopped | PeerLost):
+        forget_run(run)
 
 
 def _raise_together(runtime: Runtime, problem: CtsegError | None) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ctseg.engine.checkpoint import BEST, LAST, START, keep_previous, read_checkpoint, read_newest, save_checkpoint
+from ctseg.engine.checkpoint import BEST, LAST, keep_previous, read_checkpoint, read_newest, save_checkpoint
 from ctseg.engine.parallel import globalise
 from ctseg.engine.runtime import Runtime
 from ctseg.engine.weights import check_freeze
@@ -23,6 +23,7 @@ from ctseg.errors import ModelError
 from ctseg.networks import channels_last, network_for, tune_for_training
 from ctseg.objectives import build_optimizer
 from ctseg.recipe import Recipe, recipe_from_dict
+from ctseg.workspace import START
 
 Row = dict[str, Any]
 """One epoch of the log: epoch, loss, mean_dice (None when not validated), lr."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ctseg.datalists import read_data_list
 from ctseg.errors import CtsegError, ManifestError, RecipeError
 from ctseg.foreign.configs import Component, Config, bundle_config, mmar_config, read_json
 from ctseg.foreign.draft import Draft, Left
@@ -236,10 +237,20 @@ def _confined(folder: Path, text: Any) -> Path | None:
 
 
 def _data_list(request: Request, draft: Draft, file: Path, keys: dict[str, str], root: Path | None) -> DataList | None:
-    """The cases in `file`, checked as any data list is; None, with the reason listed, where they break a rule."""
+    """The cases in `file`, checked as any data list is; None, with the reason listed, where they break a rule.
+
+    Relative paths in a list of the user's own are taken from its folder, unless `root` is given.
+    """
     source = f"data list of '{request.folder.resolve().name}'"
     try:
-        data = read_json(file, MAX_MANIFEST_BYTES)
+        if request.manifest is None:
+            data = read_json(file, MAX_MANIFEST_BYTES)
+        else:
+            given = read_data_list(file)
+            data = {"test": given} if isinstance(given, list) else given
+            root = root or (file if file.is_dir() else file.parent)
+        if not isinstance(data, dict):
+            raise ManifestError(f"manifest '{file}': expected a JSON object or list, got {type(data).__name__}")
         about: dict[str, Any] = {key: data[key] for key in ("name", "labels", "licence") if key in data}
         content = {"source": source, **about, **_splits(data, keys)}
         manifest = manifest_from_data(content, file, Path() if root is None else root)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,8 +37,12 @@ def _table(section: str, values: dict[str, Any], part: Any, sources: Mapping[str
 
 
 def _line(key: str, value: Any, source: str | None) -> str:
-    text = f"{key} = {_value(value)}"
+    text = f"{_key(key)} = {_value(value)}"
     return f"{text.ljust(37)} # {_one_line(source)}" if source else text
+
+
+def _key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _string(key)
 
 
 def _value(value: Any) -> str:
@@ -45,6 +50,8 @@ def _value(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, list):
         return "[" + ", ".join(map(_value, value)) + "]"
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{_key(key)} = {_value(one)}" for key, one in value.items() if one is not None) + " }"
     return _string(value) if isinstance(value, str) else repr(value)
 
 
