@@ -136,7 +136,8 @@ def root(
 def main() -> None:
     """Runs the command line and exits with its documented code; a bug keeps its traceback."""
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGUSR1, _stop)  # a batch job's last minutes may begin while PyTorch is being imported
+        for number in (signal.SIGTERM, signal.SIGUSR1):  # a batch job may end while PyTorch is being imported
+            signal.signal(number, _stop)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be text; stderr does so by itself
     try:
@@ -185,8 +186,10 @@ def _flush() -> None:
             stream.flush()
 
 
-def _stop(*_: object) -> None:
-    raise Stopped("stopped by SIGUSR1 before there was anything to save; the same command starts again")
+def _stop(number: int, _frame: object) -> None:
+    """Ends the process by an exception that nobody takes for an error of one of many files."""
+    name = signal.Signals(number).name
+    _fail(f"stopped by {name} before there was anything to save; the same command starts again", Stopped.exit_code)
 
 
 def _fail(message: str, code: int) -> None:

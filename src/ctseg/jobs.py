@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from ctseg.io.dicom.read import Gaps, Tilt
     from ctseg.io.dicom.series import Series
 
+MASKS_RECORD = "ctseg_model.json"
+"""Names the model whose masks a folder holds."""
 FAILURES = "failures.csv"
 """Lists the CTs of an output folder that failed, with the reasons."""
 RUN_MANIFEST = "ctseg_run.json"
@@ -281,7 +283,8 @@ def _files_below(folder: Path, output: Path) -> tuple[list[Path], bool]:
             f"choose another --output"
         )
     files = [p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith(".")]
-    files = [p for p in files if not _located(p).is_relative_to(inside)]
+    of_masks = {record.parent for record in folder.rglob(MASKS_RECORD)}
+    files = [p for p in files if not _located(p).is_relative_to(inside) and of_masks.isdisjoint((p.parent, *p.parents))]
     images = [p for p in files if is_image_name(p)]
     return images, len(images) < len(files)
 

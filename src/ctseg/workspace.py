@@ -163,7 +163,7 @@ def resolve_model(name: str | None) -> Path:
     if run is None and name is not None and not _may_be_recipe(name):
         raise ModelError(f"model '{name}': no such file or folder")
     if run is None:
-        recipe_name = None if name is None else load_recipe(name).name
+        recipe_name = None if name is None else _recipe_called(name)
         run = newest_run(recipe_name, trained=True)
         if run is None:
             what = "no trained run" if recipe_name is None else f"no trained run of recipe '{recipe_name}'"
@@ -172,6 +172,17 @@ def resolve_model(name: str | None) -> Path:
         if (run / checkpoint).is_file():
             return run / checkpoint
     raise ModelError(f"run '{run}': no checkpoint yet ({' or '.join(CHECKPOINTS)})")
+
+
+def _recipe_called(name: str) -> str:
+    """The name of a recipe that may have been trained here."""
+    base = name.partition(":")[0]
+    if base in recipe_names() or Path(base).is_file():
+        return load_recipe(name).name
+    raise ModelError(
+        f"model '{name}': no file, run, downloaded model or recipe of that name here; known recipes: "
+        f"{', '.join(recipe_names())}; `ctseg download` lists models to fetch"
+    )
 
 
 def holds_model(folder: Path) -> bool:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -310,18 +311,25 @@ def test_what_is_one_process_does_not_run_many_times(
     assert run_cli(here, "recipes").code == 0
 
 
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM"])
 def test_a_signal_before_there_is_anything_to_save(
-    here: Path, run_cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    here: Path, run_cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, name: str
 ):
-    """A batch job's last minutes may begin while PyTorch is being imported."""
-    monkeypatch.setattr("ctseg.commands.recipes._list", lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
-    before = signal.getsignal(signal.SIGUSR1)
+    """A batch job's last minutes may begin while PyTorch is being imported; whoever imports may expect errors."""
+
+    def be_stopped(*_: object) -> None:
+        with suppress(Exception):
+            os.kill(os.getpid(), signal.Signals[name])
+
+    monkeypatch.setattr("ctseg.commands.recipes._list", be_stopped)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         result = run_cli(here, "recipes")
     finally:
-        signal.signal(signal.SIGUSR1, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     assert (result.code, result.message) == (
-        75, "stopped by SIGUSR1 before there was anything to save; the same command starts again",
+        75, f"stopped by {name} before there was anything to save; the same command starts again",
     )  # fmt: skip
 
 

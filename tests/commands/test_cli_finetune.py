@@ -122,6 +122,11 @@ def test_resume_goes_on_only_with_a_finetuned_run(
     cli("train", "recipe.json", "--manifest", tiny_data, "--set", "training.epochs=1", "--quiet")
     result = cli("finetune", "recipe.json", "--resume", "--set", "training.epochs=1")
     assert result.code == 2
+    assert "no run of recipe 'spleen:small' by `ctseg finetune` in 'runs/'" in result.message
+    result = cli(
+        "finetune", "recipe.json", "--resume", "--set", "training.epochs=1", "--output", "runs/spleen-small-001"
+    )
+    assert result.code == 2
     assert "run 'runs/spleen-small-001' was not started by finetune" in result.message
 
 

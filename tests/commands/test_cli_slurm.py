@@ -159,7 +159,7 @@ def test_only_a_finetuned_run_is_resumed_by_finetune(
     cli: Callable[..., Any], tiny_recipe: Recipe, tiny_manifest: Manifest, tmp_path: Path
 ):
     start_run(tmp_path / "runs" / "mine", tiny_recipe, tiny_manifest)
-    refused = cli("slurm", "finetune", "spleen:small", "--resume")
+    refused = cli("slurm", "finetune", "spleen:small", "--resume", "--output", "runs/mine")
     assert refused.message.startswith("--resume: run 'runs/mine' was not started by finetune")
 
 

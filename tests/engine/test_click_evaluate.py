@@ -97,7 +97,7 @@ def test_tables_and_curves(model: Model, organs: Manifest, tmp_path: Path) -> No
     broken = Case(name="broken", split="testing", image=case.image, label=None)
     evaluation = evaluate_clicks(model, (case, broken), organs.labels, 3, 0, Silent())
     assert evaluation.failed == {"broken": "case 'broken' has no label"}
-    write_click_evaluation(tmp_path, evaluation, Path("m.pt"), "testing")
+    write_click_evaluation(tmp_path, evaluation, {"model": "m.pt", "split": "testing"})
     rows = list(csv.DictReader((tmp_path / "clicks.csv").read_text().splitlines()))
     assert [row["organ"] for row in rows] == [*organs.labels.values(), ""]
     for row, score in zip(rows, evaluation.scores, strict=False):

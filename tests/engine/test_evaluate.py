@@ -233,7 +233,7 @@ def with_lesions(model: Model, *overrides: str) -> Model:
 
 def test_without_a_lesions_table_there_are_no_lesions(tiny_model: Model, testing_case: Case, tmp_path: Path) -> None:
     evaluation = evaluate.evaluate(tiny_model, (testing_case,), Silent())
-    evaluate.write_evaluation(tmp_path, evaluation, Path("m.pt"), "testing")
+    evaluate.write_evaluation(tmp_path, evaluation, {"model": "m.pt", "split": "testing"})
     assert evaluation.lesions is None
     assert json.loads((tmp_path / "summary.json").read_text())["lesions"] is None
     assert not (tmp_path / "lesions.csv").exists()
@@ -266,7 +266,7 @@ def test_lesions_of_all_cases_and_a_failed_one_left_out(
     assert (large.volume_ml, large.found, large.mean_dice) == (">= 0.5", 1, 1.0)
     assert [s.error != "" for s in evaluation.scores] == [False, True, False]
 
-    evaluate.write_evaluation(tmp_path / "out", evaluation, Path("m.pt"), "testing")
+    evaluate.write_evaluation(tmp_path / "out", evaluation, {"model": "m.pt", "split": "testing"})
     rows = list(csv.DictReader((tmp_path / "out" / "lesions.csv").read_text().splitlines()))
     assert [(r["case"], float(r["volume_ml"]), r["volume_class_ml"], r["found"], float(r["dice"])) for r in rows] == [
         (good.name, pytest.approx(1.0), ">= 0.5", "True", 1.0),

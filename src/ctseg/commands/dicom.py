@@ -42,7 +42,7 @@ def list_series(
     quiet: QuietFlag = False,
 ) -> None:
     """List the series in folders and zip archives, with everything that is wrong with them."""
-    from ctseg.io.dicom.read import find_series
+    from ctseg.io.dicom.read import MAX_LISTED, describe, find_series
     from ctseg.io.dicom.rule import choose
     from ctseg.io.dicom.silence import pydicom_silent
 
@@ -57,6 +57,9 @@ def list_series(
         raise CtsegError(list_problems(searched, reasons or ["name the folder or archive that holds it"]))
     with pydicom_silent():
         chosen = found.series if series is None else choose(found.series, series)
+        if not chosen and series is not None and found.series:
+            there = [describe(one) for one in found.series[:MAX_LISTED]]
+            raise CtsegError("\n  ".join([f"no series passes --series '{series}'; there are:", *there]))
         rows = [_row(one, keep_identifiers) for one in chosen]
         data = {"series": rows, **_rest(found, rejected, keep_identifiers)}
     emit(data, _text(chosen, rows, found, rejected), as_json)
@@ -117,7 +120,7 @@ def _text(
         (*columns, "name", *identifiers, "problems"),
         [(*_cells(row), row["name"], *(row[i] for i in identifiers), _codes(row)) for row in rows],
     )
-    return "\n".join([table if rows else "no series passes the rule", *_findings(chosen), *_remarks(found, rejected)])
+    return "\n".join([table if rows else "no series of images", *_findings(chosen), *_remarks(found, rejected)])
 
 
 def _cells(row: dict[str, Any]) -> tuple[object, ...]:

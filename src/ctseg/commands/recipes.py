@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ctseg.commands.common import JsonFlag, Overrides, emit, pairs, say
+from ctseg.commands.common import JsonFlag, Overrides, emit, pairs
 from ctseg.errors import CtsegError
 from ctseg.files import atomic_path
 from ctseg.recipe import Recipe, load_recipe, recipe_names, recipe_path, variant_names
@@ -29,7 +29,7 @@ def recipes(
     if name is None:
         _list(as_json)
     elif copy is not None:
-        _copy(name, copy)
+        _copy(name, copy, as_json)
     else:
         recipe = load_recipe(name, overrides)
         emit({**recipe.to_dict(), "parameters": _parameters(recipe)} if as_json else None, _card(recipe), as_json)
@@ -44,7 +44,7 @@ def _list(as_json: bool) -> None:
     emit([{"name": n, "title": t} for n, t in found], text, as_json)
 
 
-def _copy(name: str, target: Path) -> None:
+def _copy(name: str, target: Path, as_json: bool) -> None:
     if target.exists():
         raise CtsegError(f"'{target}' exists; name a new file")
     if target.suffix != ".toml":
@@ -53,7 +53,8 @@ def _copy(name: str, target: Path) -> None:
     with atomic_path(target) as temporary:
         shutil.copyfile(recipe_path(name), temporary)
     variant = name.rpartition(":")[2] if ":" in name else ""
-    say(f"copied to {target}; train it with: ctseg train {target}{':' + variant if variant else ''}")
+    copied = f"{target}{':' + variant if variant else ''}"
+    emit({"file": target, "recipe": copied}, f"copied to {target}; train it with: ctseg train {copied}", as_json)
 
 
 def _parameters(recipe: Recipe) -> int:

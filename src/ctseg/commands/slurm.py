@@ -202,7 +202,9 @@ def _job_name(run: Path) -> str:
 
 def _validate(command: Any, given: Parameters, resources: Resources) -> list[str]:
     if resources.num_tasks > 1:
-        raise CtsegError(f"validate is one process on one GPU, got {resources.num_tasks} tasks; leave --nodes out")
+        raise CtsegError(
+            f"validate is one process on one GPU, got {resources.num_tasks} tasks; leave --nodes out, and --gpus at 1"
+        )
     if given["split"] not in SPLITS:
         raise CtsegError(f"--split {given['split']}: expected one of {', '.join(SPLITS)}")
     if given["manifest"] is not None and not is_made(given["manifest"]):

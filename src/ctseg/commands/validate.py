@@ -49,7 +49,8 @@ def validate(
     manifest: ManifestOption = None,
     data: DataOption = None,
     output: Annotated[
-        Path | None, typer.Option(help="Folder of the tables. Default: validation-SPLIT[-fast] in the run.")
+        Path | None,
+        typer.Option(help="Folder of the tables. Default: validation-SPLIT[-PRECISION][-fast] in the run."),
     ] = None,
     overlays: Annotated[bool, typer.Option("--overlays", help="Also draw a picture of every case.")] = False,
     clicks: ClicksOption = None,
@@ -68,13 +69,14 @@ def validate(
     if split not in SPLITS:
         raise CtsegError(f"--split {split}: expected one of {', '.join(SPLITS)}")
     path = resolve_model(model)
-    target = output or (run_of(path) or Path()) / f"validation-{split}{'-fast' if fast else ''}"
+    target = output or (run_of(path) or Path()) / _folder_name(split, path, precision, fast=fast)
     with make_progress(quiet) as progress:
         found = _find_cases(path, manifest, data, split, progress)
     with folder_if_used(target), make_progress(quiet) as progress:
         from ctseg.engine.click_evaluate import evaluate_clicks, write_click_evaluation
         from ctseg.engine.evaluate import evaluate, write_evaluation
         from ctseg.engine.model import fast_in_bfloat16, load_to_segment
+        from ctseg.engine.run_manifest import model_facts
         from ctseg.engine.runtime import running
 
         choice = ModelChoice(path=path, device=device, precision=precision, backend=backend, fast=fast)
@@ -84,19 +86,27 @@ def validate(
             _check_click_options(loaded.recipe, clicks, seed, overlays=overlays, fast=fast)
             listed = found or find_data(loaded.recipe.data.manifest, data, progress)
             cases = listed.split(split)
+            about = {**model_facts(loaded), "model": str(path), "fast": fast, "manifest": listed.name, "split": split}
             evaluation: Evaluation | ClickEvaluation
             if loaded.recipe.clicks is None:
                 evaluation = evaluate(loaded, cases, progress, target / "overlays" if overlays else None, fast=fast)
-                write_evaluation(target, evaluation, path, split)
+                write_evaluation(target, evaluation, about)
                 text, table = _text(evaluation, path, target), "cases.csv"
             else:
                 number = clicks or loaded.recipe.clicks.num_clicks
                 evaluation = evaluate_clicks(loaded, cases, listed.labels, number, seed or 0, progress)
-                write_click_evaluation(target, evaluation, path, split)
+                write_click_evaluation(target, evaluation, about)
                 text, table = _click_text(evaluation, path, target), "clicks.csv"
-    emit({**evaluation.to_dict(), "model": path, "split": split, "folder": target}, text, as_json)
+    emit({**about, **evaluation.to_dict(), "folder": target}, text, as_json)
     if evaluation.failed:
         raise CasesFailed(f"{len(evaluation.failed)} of {len(cases)} cases failed; see {target / table}")
+
+
+def _folder_name(split: str, model: Path, precision: str, *, fast: bool) -> str:
+    """One for each way of running that is asked for, so that no table replaces another's."""
+    exported = "" if model.suffix == ".pt" else model.suffix.removeprefix(".")
+    ways = (exported, "" if precision == "auto" else precision, "fast" if fast else "")
+    return "-".join(["validation", split, *filter(None, ways)])
 
 
 def _check_click_options(recipe: Recipe, clicks: int | None, seed: int | None, *, overlays: bool, fast: bool) -> None:

@@ -181,8 +181,11 @@ def _key(target: float) -> str:
     return f"{target:.2f}"
 
 
-def write_click_evaluation(folder: Path, evaluation: ClickEvaluation, model: Path, split: str) -> None:
-    """Writes `clicks.csv` (a row for each case and organ), `summary.json` and `clicks.png` into `folder`."""
+def write_click_evaluation(folder: Path, evaluation: ClickEvaluation, about: Mapping[str, Any]) -> None:
+    """Writes `clicks.csv` (a row for each case and organ), `summary.json` and `clicks.png` into `folder`.
+
+    `about` stands at the head of the summary: the "split", the "model" and how it ran.
+    """
     make_folder(folder)
     by_click = [f"dice_{n}" for n in range(1, evaluation.num_clicks + 1)]
     to_target = {f"clicks_to_{_key(target)}": target for target in TARGETS}
@@ -199,11 +202,11 @@ def write_click_evaluation(folder: Path, evaluation: ClickEvaluation, model: Pat
     nothing = dict.fromkeys([*by_click, *to_target])
     rows += [{"case": case, "organ": "", "error": error, **nothing} for case, error in evaluation.failed.items()]
     write_csv(folder / "clicks.csv", ["case", "organ", *to_target, *by_click, "error"], rows)
-    write_json(folder / "summary.json", {"model": str(model), "split": split, **evaluation.to_dict()})
+    write_json(folder / "summary.json", {**about, **evaluation.to_dict()})
     if evaluation.overall is not None:
         curves = {summary.organ: summary.mean_dice for summary in evaluation.organs}
         draw_click_curves(
-            folder / "clicks.png", curves, evaluation.overall.mean_dice, f"Dice after each click, {split}"
+            folder / "clicks.png", curves, evaluation.overall.mean_dice, f"Dice after each click, {about['split']}"
         )
 
 

@@ -13,6 +13,7 @@ from ctseg.engine.evaluate import Evaluation, evaluate, write_evaluation
 from ctseg.engine.export import ExportReport, export
 from ctseg.engine.infer import infer
 from ctseg.engine.model import load_model
+from ctseg.engine.run_manifest import model_facts
 from ctseg.engine.runtime import Runtime
 from ctseg.engine.train import train
 from ctseg.errors import CtsegError
@@ -60,7 +61,8 @@ def run_demo(recipe: Recipe, folder: Path, runtime: Runtime, progress: Progress)
     model = load_model(trained.checkpoint, runtime)
     cases = read_manifest(run / DATA_FILE).split("testing")
     evaluation = evaluate(model, cases, progress, folder / "overlays")
-    write_evaluation(run / "validation-testing", evaluation, trained.checkpoint, "testing")
+    about = {**model_facts(model), "model": str(trained.checkpoint), "split": "testing"}
+    write_evaluation(run / "validation-testing", evaluation, about)
     masks = folder / "masks"
     infer(model, find_jobs([case.image for case in cases], masks), masks, progress)
     exports = tuple(

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -220,10 +220,11 @@ def summarise(structure: str, scores: list[CaseScore]) -> Summary:
     )
 
 
-def write_evaluation(folder: Path, evaluation: Evaluation, model: Path, split: str) -> None:
+def write_evaluation(folder: Path, evaluation: Evaluation, about: Mapping[str, Any]) -> None:
     """Writes `cases.csv` (a row for each case and structure) and `summary.json` into `folder`.
 
-    Where lesions were scored, `cases.csv` has their counts and `lesions.csv` a row for each lesion.
+    `about` stands at the head of the summary: the model, the split and how it ran. Where lesions were scored,
+    `cases.csv` has their counts and `lesions.csv` a row for each lesion.
     """
     make_folder(folder)
     rows = [dataclasses.asdict(score) for score in evaluation.scores]
@@ -236,7 +237,7 @@ def write_evaluation(folder: Path, evaluation: Evaluation, model: Path, split: s
         lesion_columns = ["case", "structure", "volume_class_ml", *(f.name for f in dataclasses.fields(Lesion))]
         write_csv(folder / "lesions.csv", lesion_columns, lesions.rows())
     write_csv(folder / "cases.csv", columns, rows)
-    write_json(folder / "summary.json", {"model": str(model), "split": split, **evaluation.to_dict()})
+    write_json(folder / "summary.json", {**about, **evaluation.to_dict()})
 
 
 def bank_dice(model: Model, case: CaseArrays, overlap: float) -> list[float]:

@@ -12,11 +12,8 @@ from ctseg.dicom_jobs import STRICT
 from ctseg.engine.model import Model
 from ctseg.errors import CtsegError
 from ctseg.files import output_errors, write_csv, write_json
-from ctseg.jobs import Job, Shard, is_mask_name
+from ctseg.jobs import MASKS_RECORD, Job, Shard, is_mask_name
 from ctseg.provenance import differences, read_object
-
-RECORD = "ctseg_model.json"
-"""Names the model whose masks a folder holds."""
 
 
 def claim(output: Path, model: Model, jobs: list[Job], made_with: dict[str, Any], overwrite: bool) -> None:
@@ -27,7 +24,7 @@ def claim(output: Path, model: Model, jobs: list[Job], made_with: dict[str, Any]
         OutputError: if nothing can be written.
     """
     record = {"recipe": model.recipe.name, "model": model.path.name, "sha256": model.sha256}
-    present = read_object(output / RECORD)
+    present = read_object(output / MASKS_RECORD)
     if not present:  # masks of unknown origin are not ours
         present = {} if any(job.mask.exists() for job in jobs) else record | made_with
     different = differences({"fast": False} | present, made_with, STRICT)  # an older folder does not say
@@ -37,7 +34,7 @@ def claim(output: Path, model: Model, jobs: list[Job], made_with: dict[str, Any]
         present = {}
     elif different:
         _replace(output, jobs, f"masks made with other options ({', '.join(different)})", overwrite)
-    write_json(output / RECORD, present | record | made_with)
+    write_json(output / MASKS_RECORD, present | record | made_with)
 
 
 def _replace(output: Path, jobs: list[Job], what: str, overwrite: bool) -> None:

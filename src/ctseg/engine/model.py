@@ -81,6 +81,10 @@ def load_model(
         check_backend(backend or own, runtime)
     elif backend not in (None, "auto", own):
         raise DeviceError(f"backend '{backend}': a {path.suffix} file runs on {own} only; name its checkpoint")
+    if path.suffix == ".onnx" and runtime.precision != "float32":
+        if runtime.device.type == "cpu":
+            raise DeviceError(f"precision '{runtime.precision}': a .onnx file is in float32; name its checkpoint")
+        runtime = replace(runtime, precision="float32")  # on a GPU less is what "auto" means
     sha256 = _sha256(path)
     if path.suffix == ".pt" and runtime.device.type == "cpu":
         source = functools.partial(_load_unchanged, path, sha256)

@@ -25,9 +25,18 @@ CASES, EARLIER = "cases", "earlier_runs"
 
 def run_facts(model: Model, options: Options, shard: Shard) -> dict[str, Any]:
     """What decides about the masks of a run, and where it runs; a UID in the rule for series is left out."""
+    chosen = dataclasses.asdict(options)
+    return {
+        **model_facts(model),
+        "options": {**chosen, "series": chosen["series"] and without_uids(chosen["series"])},
+        "shard": str(shard),
+    }
+
+
+def model_facts(model: Model) -> dict[str, Any]:
+    """Which model runs, where, and on which versions."""
     runtime = model.runtime
     libraries = dict.fromkeys(("torch", "numpy", model.backend))
-    chosen = dataclasses.asdict(options)
     return {
         "ctseg": ctseg.__version__,
         "python": platform.python_version(),
@@ -40,8 +49,6 @@ def run_facts(model: Model, options: Options, shard: Shard) -> dict[str, Any]:
         "model": model.path.name,
         "model_sha256": model.sha256,
         "recipe": model.recipe.name,
-        "options": {**chosen, "series": chosen["series"] and without_uids(chosen["series"])},
-        "shard": str(shard),
     }
 
 

@@ -202,12 +202,14 @@ def checked_header(path: Path) -> Header:
         OSError: if the file cannot be read.
     """
     suffix = _suffix(path)
+    if path.is_dir():
+        raise ImageError("it must be a file, got a folder; name one image, or make one of DICOM by `ctseg convert`")
     if suffix not in _READERS:
         what = OTHER_SUFFIXES.get(suffix)
         reason = f"'{suffix}' is {what}" if what else "its suffix is unknown; convert it"
         raise ImageError(f"{reason} (known: {', '.join(IMAGE_SUFFIXES)})")
     if path.exists() and not path.is_file():
-        raise ImageError(f"it must be a file, got a {'folder' if path.is_dir() else 'device or pipe'}; name one image")
+        raise ImageError("it must be a file, got a device or pipe; name one image")
     if path.stat().st_size == 0:
         raise ImageError("the file is empty; copy it again from its source")
     header = _READERS[suffix](path)
