@@ -1,5 +1,6 @@
 """A GPU without enough memory: each step is told, and the mask is the same. Tensors of the made GPU lie on the CPU."""
 
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ctseg.arrays import HOST
+from ctseg.arrays import HOST, Array
 from ctseg.engine import ladder
 from ctseg.engine.ladder import halving
 from ctseg.engine.model import Model
@@ -100,6 +101,52 @@ def test_a_gpu_without_room_for_one_window_leaves_the_ct_to_the_cpu(tiny_recipe:
     ]
     with pytest.raises(NotEnoughMemory, match="not enough memory on cuda:0; try --device cpu"):
         told(replace(gpu, on_cpu=None), ct)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA out of memory. Tried to allocate 2.00 GiB",
+        "GET was unable to find an engine to execute this computation",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ],
+)
+def test_a_lack_of_memory_is_known_by_whatever_tells_it(text: str) -> None:
+    """cuDNN tells it in words of its own, which torch hands on as a RuntimeError."""
+
+    def run(image_BCXYZ: Tensor) -> Tensor:
+        if len(image_BCXYZ) > 2:
+            raise RuntimeError(text)
+        return image_BCXYZ
+
+    notes: list[str] = []
+    assert torch.equal(halving(run, GPU, notes.append)(torch.arange(8.0)), torch.arange(8.0))
+    assert len(notes) == 2
+    with pytest.raises(RuntimeError, match="a bug"):
+        halving(broken, GPU, notes.append)(torch.arange(8.0))
+
+
+def broken(_image_BCXYZ: Tensor) -> Tensor:
+    raise RuntimeError("a bug")
+
+
+def test_the_grid_leaves_the_gpu_once_the_host_has_it(tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ladder, "to_numpy", lambda values: values.numpy().copy())
+    gpu, _ = models(tiny_recipe, room=8)
+    image = [torch.zeros(4, 4, 4)]
+    on_gpu = weakref.ref(image[0])
+
+    def logits(_model: Model, image_XYZ: Array) -> Array:
+        if isinstance(image_XYZ, Tensor):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        assert on_gpu() is None
+        return image_XYZ + 1
+
+    notes: list[str] = []
+    moved = ladder.logits_within_memory(gpu, image.pop, logits, notes.append)
+    assert moved.sum() == 64
+    assert notes == ["not enough memory on cuda:0: its grids are kept in the host's memory"]
 
 
 def test_grids_that_do_not_fit_lie_on_the_host(tiny_recipe: Recipe, ct: Volume, monkeypatch) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from ctseg.engine import memory
 from ctseg.engine.determinism import set_determinism, undeterministic_parts
-from ctseg.engine.memory import fit_into_memory, largest_that_fits
+from ctseg.engine.memory import fit_into_memory, largest_that_fits, limit_gpu
 from ctseg.engine.process import peak_memory_bytes
 from ctseg.engine.runtime import Runtime
 from ctseg.engine.trainer import Trainer
@@ -31,9 +31,9 @@ def test_peak_memory_is_that_of_this_process() -> None:
     assert held.sum() > 0
 
 
-def test_a_cpu_is_refused(tiny_recipe, cpu: Runtime) -> None:
+def test_a_cpu_is_refused(cpu: Runtime) -> None:
     with pytest.raises(DeviceError, match="training runs on the CPU"):
-        fit_into_memory(Trainer.fresh(tiny_recipe, cpu), 2**30, Silent())
+        limit_gpu(cpu, 2**30)
 
 
 class Gpu:
@@ -56,6 +56,7 @@ def test_a_step_is_split_as_the_memory_demands(monkeypatch, cpu: Runtime, room: 
     gpu, recipe = Gpu(monkeypatch, room), load_recipe("spleen")
     trainer = Trainer.fresh(recipe, cpu)
     trainer.runtime = dataclasses.replace(cpu, device=torch.device("cuda", 0))
+    limit_gpu(trainer.runtime, 12 * 10**9)
     assert fit_into_memory(trainer, 12 * 10**9, Silent()) == passes
     assert gpu.fraction == pytest.approx(0.75)
     trainer.step, trainer.patches_per_pass = 1, 2  # a resumed one keeps its number
@@ -75,7 +76,11 @@ def test_no_room_for_one_patch_is_an_error(monkeypatch, cpu: Runtime) -> None:
 def test_the_spleen_recipe_fits_into_its_cards_memory() -> None:
     """12 GB with AMP, at most half the patches at once."""
     runtime = Runtime(torch.device("cuda", 0), "float16")
-    found = fit_into_memory(Trainer.fresh(load_recipe("spleen"), runtime), 12 * 10**9, Silent())
+    limit_gpu(runtime, 12 * 10**9)
+    try:
+        found = fit_into_memory(Trainer.fresh(load_recipe("spleen"), runtime), 12 * 10**9, Silent())
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, runtime.device)
     assert found >= 8
     assert peak_memory_bytes(runtime.device) <= 12 * 10**9
 

@@ -49,6 +49,27 @@ GPU_SHARE = 0.5
 """The bank moves to the GPU when it needs at most this share of the free memory there."""
 
 
+@dataclass
+class Room:
+    """Bytes of a GPU that prepared cases may still take."""
+
+    num_bytes: float = 0.0
+
+    @classmethod
+    def on(cls, device: torch.device, max_bytes: int | None = None) -> Room:
+        """GPU_SHARE of what is free, or of `max_bytes` where that is less; none on a CPU."""
+        if device.type != "cuda":
+            return cls()
+        free, _ = torch.cuda.mem_get_info(device)
+        return cls(GPU_SHARE * (free if max_bytes is None else min(free, max_bytes)))
+
+    def take(self, num_bytes: int) -> bool:
+        """Whether they fit; they are taken then."""
+        fits = num_bytes <= self.num_bytes
+        self.num_bytes -= num_bytes if fits else 0
+        return fits
+
+
 @dataclass(frozen=True)
 class BankReport:
     """What `prepare_bank` did: names of cases made now, cases that were ready, bytes of all."""
@@ -133,14 +154,15 @@ def _try_case(folder: Path, recipe: Recipe, case: Case) -> str | None:
     return None
 
 
-def open_bank(cases: tuple[Case, ...], folder: Path, device: torch.device) -> list[CaseArrays]:
-    """The prepared cases, in order: on a GPU when all fit into GPU_SHARE of its free memory, else memory-mapped."""
+def open_bank(
+    cases: tuple[Case, ...], folder: Path, device: torch.device, room: Room | None = None
+) -> list[CaseArrays]:
+    """The prepared cases, in order: on a GPU when all fit into the `room` that is left for them, else memory-mapped."""
     host = [_open_case(case_folder(folder, case), case) for case in cases]
     if device.type != "cuda":
         return host
     needed = sum(c.host_image.nbytes + c.host_label.nbytes for c in host)
-    free, _ = torch.cuda.mem_get_info(device)
-    return [_on_device(c, device) for c in host] if needed <= GPU_SHARE * free else host
+    return [_on_device(c, device) for c in host] if (room or Room.on(device)).take(needed) else host
 
 
 def bank_fingerprint(cases: tuple[Case, ...], folder: Path) -> str:

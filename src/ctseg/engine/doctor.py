@@ -118,9 +118,14 @@ def _gpus() -> list[Check]:
         return [Check("GPU", "ok", f"none ({reason}): runs on the CPU")]
     checks = []
     for index in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(index)
-        name = torch.cuda.get_device_name(index)
-        checks.append(Check(f"GPU {index}", "ok", f"{name}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"))
+        try:
+            free, total = torch.cuda.mem_get_info(index)
+            name = torch.cuda.get_device_name(index)
+        except RuntimeError as error:  # full, used by one process alone, or of another driver
+            reason = str(error).splitlines()[0][:100]
+            checks.append(Check(f"GPU {index}", "warning", f"cannot be used: {reason}", "choose another --device"))
+        else:
+            checks.append(Check(f"GPU {index}", "ok", f"{name}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"))
     return checks
 
 

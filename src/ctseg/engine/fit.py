@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ctseg.engine.click_evaluate import sample_dice
 from ctseg.engine.evaluate import bank_dice
+from ctseg.engine.ladder import halving
 from ctseg.engine.mlflow_log import MlflowLog
 from ctseg.engine.model import Model, forward_of
 from ctseg.engine.record import Recorder
@@ -167,7 +168,10 @@ def _validate(trainer: Trainer, cases: list[CaseArrays], progress: Progress, sto
     """Mean Dice over all cases; each process takes its share of them, each case is counted once."""
     runtime, network = trainer.runtime, trainer.model
     runtime.copy_from_main(network.buffers())  # batch statistics: those that the checkpoint holds are scored
-    model = Model(trainer.recipe, forward_of(network, runtime), runtime, stop.run, "")
+    forward = forward_of(network, runtime)
+    if runtime.device.type != "cpu":
+        forward = halving(forward, runtime.device, progress.note)
+    model = Model(trainer.recipe, forward, runtime, stop.run, "")
     progress.start("validating", math.ceil(len(cases) / runtime.world_size))
     values = []
     for first in range(0, len(cases), runtime.world_size):

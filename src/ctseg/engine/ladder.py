@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from ctseg.arrays import HOST, Array, array_namespace, as_asked, device_of, to_device, to_numpy
 from ctseg.engine.backends import Forward
 from ctseg.engine.model import Model
+from ctseg.engine.runtime import lacks_memory
 from ctseg.preprocess import Prepared, prepare
 from ctseg.volume import Volume
 
@@ -31,14 +32,18 @@ def prepared_within_memory(model: Model, volume: Volume, scratch: Path | None, n
         return prepare(volume, spec, device, scratch)
     try:
         return prepare(volume, spec, device, scratch)
-    except _out_of_memory():
+    except RuntimeError as error:
+        _check_lack(error)
         _tell(note, device, "the CT is prepared on the host")
     return prepare(volume, spec, HOST, scratch)
 
 
-def logits_within_memory(model: Model, image_XYZ: Array, logits: Logits, note: Note) -> Array:
-    """What `logits` gives for the model and the input, on the first step of the ladder that has the memory."""
-    device = model.runtime.device
+def logits_within_memory(model: Model, take_image: Callable[[], Array], logits: Logits, note: Note) -> Array:
+    """What `logits` gives for the model and the input, on the first step of the ladder that has the memory.
+
+    Nobody else may hold the input that `take_image` gives: it leaves the GPU on the way.
+    """
+    device, image_XYZ = model.runtime.device, take_image()
     if device.type == "cpu":
         return logits(model, image_XYZ)
     fewer = replace(model, forward=halving(model.forward, device, note))
@@ -46,12 +51,14 @@ def logits_within_memory(model: Model, image_XYZ: Array, logits: Logits, note: N
     if device_of(image_XYZ) is not HOST:
         try:
             return logits(fewer, image_XYZ)
-        except _out_of_memory():
+        except RuntimeError as error:
+            _check_lack(error)
             _tell(note, device, "its grids are kept in the host's memory")
         image_XYZ = to_numpy(image_XYZ)
     try:
         return logits(on_host, image_XYZ)
-    except _out_of_memory():
+    except RuntimeError as error:
+        _check_lack(error)
         if model.on_cpu is None:
             raise
         _tell(note, device, "one window is too much; this CT is done on the CPU")
@@ -71,7 +78,8 @@ def halving(forward: Forward, device: torch.device, note: Note) -> Forward:
             try:
                 parts = [forward(image_BCXYZ[n : n + size]) for n in range(0, windows, size)]
                 return parts[0] if len(parts) == 1 else array_namespace(image_BCXYZ).concat(parts)
-            except _out_of_memory():
+            except RuntimeError as error:
+                _check_lack(error)
                 if size == 1:
                     raise
             most = size // 2
@@ -85,10 +93,10 @@ def across(forward: Forward, device: torch.device) -> Forward:
     return lambda image_BCXYZ: to_numpy(forward(to_device(image_BCXYZ, device)))
 
 
-def _out_of_memory() -> type[Exception]:
-    import torch
-
-    return torch.OutOfMemoryError
+def _check_lack(error: RuntimeError) -> None:
+    """Raises an error again that does not tell of a lack of memory."""
+    if not lacks_memory(error):
+        raise error
 
 
 def _tell(note: Note, device: torch.device, what: str) -> None:

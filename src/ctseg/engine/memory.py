@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
 from collections.abc import Callable
 
 import torch
 
-from ctseg.engine.runtime import Runtime
+from ctseg.engine.runtime import Runtime, lacks_memory
 from ctseg.engine.trainer import Trainer
 from ctseg.errors import DeviceError, NotEnoughMemory
 from ctseg.objectives import SegmentationLoss
@@ -16,25 +17,23 @@ from ctseg.progress import Progress
 from ctseg.recipe import Recipe
 
 
-def check_gpu(runtime: Runtime) -> None:
-    """Raises DeviceError unless there is a GPU whose memory can be limited."""
+def limit_gpu(runtime: Runtime, max_bytes: int) -> None:
+    """Limits what this process may take of its GPU; raises DeviceError on a CPU."""
     if runtime.device.type != "cuda":
         raise DeviceError("--max-gpu-memory: training runs on the CPU; leave it out or choose --device cuda")
+    total = int(torch.cuda.get_device_properties(runtime.device).total_memory)
+    torch.cuda.set_per_process_memory_fraction(min(max_bytes / total, 1.0), runtime.device)
 
 
 def fit_into_memory(trainer: Trainer, max_bytes: int, progress: Progress) -> int:
-    """Limits this process to `max_bytes` of its GPU and returns how many patches at once fit, tried out in real steps.
+    """How many patches at once fit into `max_bytes` of the GPU, which `limit_gpu` has set; tried out in real steps.
 
     A resumed training keeps its number: another one would change its result.
 
     Raises:
-        DeviceError: on a CPU.
         NotEnoughMemory: if not even one patch fits.
     """
     recipe, runtime = trainer.recipe, trainer.runtime
-    check_gpu(runtime)
-    total = int(torch.cuda.get_device_properties(runtime.device).total_memory)
-    torch.cuda.set_per_process_memory_fraction(min(max_bytes / total, 1.0), runtime.device)
     step = math.ceil(recipe.training.batch_cases * recipe.sampling.patches_per_case / runtime.world_size)
     most = min(trainer.patches_per_pass or step, step)
     if trainer.epoch or trainer.step:
@@ -56,6 +55,7 @@ def largest_that_fits(most: int, fits: Callable[[int], bool]) -> int:
     """The first of `most`, its half, a quarter, ... that fits; 0 if not even 1 does."""
     while most and not fits(most):
         most //= 2
+        gc.collect()  # a network that did not fit may be a cycle
         torch.cuda.empty_cache()
     torch.cuda.empty_cache()
     return most
@@ -73,6 +73,8 @@ def _fits(recipe: Recipe, runtime: Runtime, patches: int) -> bool:
             trainer.scaler.scale(SegmentationLoss(recipe.objective)(scores, label)).backward()  # type: ignore[no-untyped-call]
             trainer.scaler.step(trainer.optimizer)
             trainer.scaler.update()
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not lacks_memory(error):
+            raise
         return False
     return True

@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ctseg.arrays import HOST
 from ctseg.engine.backends import Forward as Forward
-from ctseg.engine.backends.onnx import forward_of_session, open_session
+from ctseg.engine.backends.onnx import forward_of_session, has_cuda, open_session
 from ctseg.engine.checkpoint import file_sha256, read_checkpoint
 from ctseg.engine.compiled import check_backend, compiled_network, is_installed, ready_without_torch, recipe_of
-from ctseg.engine.runtime import Runtime, may_have_gpu, running, start_on_host, start_runtime
+from ctseg.engine.runtime import Runtime, may_have_gpu, memory_errors, running, start_on_host, start_runtime
 from ctseg.errors import DeviceError, ModelError
 from ctseg.jobs import ModelChoice
 from ctseg.recipe import RECIPE_ENTRY, Recipe, recipe_from_dict
@@ -90,7 +91,11 @@ def load_model(
         source = functools.partial(_load_unchanged, path, sha256)
         found = compiled_network(sha256, source, runtime, backend or own, note, exact=exact)
         return Model(found.recipe, found.forward, runtime, path, sha256, found.backend, exact=found.exact)
-    recipe, forward = reader(path, runtime)
+    if path.suffix == ".onnx" and runtime.device.type != "cpu" and not has_cuda():
+        note("onnxruntime here is a build without CUDA: the model runs on the CPU")
+        runtime = Runtime(HOST)
+    with memory_errors(f"the network in '{path}'", runtime.device):
+        recipe, forward = reader(path, runtime)
     if runtime.device.type == "cpu":
         return Model(recipe, forward, runtime, path, sha256, own)
     on_cpu = functools.cache(lambda: load_model(path, start_runtime("cpu", alone=True), note=note))

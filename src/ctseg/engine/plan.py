@@ -26,7 +26,7 @@ from ctseg.engine.process import cpu_kind, give_back_memory, resident_bytes
 from ctseg.engine.rounding import MOST_SHARE
 from ctseg.engine.runtime import memory_errors
 from ctseg.engine.windows import num_windows
-from ctseg.errors import ImageError
+from ctseg.errors import ImageError, NotEnoughMemory
 from ctseg.io import Extent
 from ctseg.jobs import Job, Options
 from ctseg.limits import available_memory
@@ -124,16 +124,23 @@ NO_PLANS: Mapping[Path, Plan] = MappingProxyType({})
 def measure_network(model: Model) -> NetworkCost:
     """What the network takes on a window, tried out now and remembered for `network_cost`.
 
+    On the CPU, where a GPU has no memory for one window.
+
     Raises:
         NotEnoughMemory: if not even one window fits the device.
     """
     give_back_memory()
     before = _bytes_of_process()
     again_seconds = 0.0
-    with memory_errors("one window", model.runtime.device):
-        seconds = _seconds_of_window(model)
-        if model.exact is not None:
-            again_seconds = seconds + _seconds_of_window(replace(model, forward=model.exact))
+    try:
+        with memory_errors("one window", model.runtime.device):
+            seconds = _seconds_of_window(model)
+            if model.exact is not None:
+                again_seconds = seconds + _seconds_of_window(replace(model, forward=model.exact))
+    except NotEnoughMemory:
+        if model.on_cpu is None:
+            raise
+        return measure_network(model.on_cpu())
     after = _bytes_of_process()
     about = {"seconds": seconds, "again_seconds": again_seconds, "window_bytes": after - before}
     write_entry(_key(model), Entry(about, b""))

@@ -37,6 +37,7 @@ from ctseg.engine.model import Model
 from ctseg.engine.rounding import MOST_SHARE, Rounding
 from ctseg.engine.runtime import memory_errors
 from ctseg.engine.windows import Start, average, box_of, window_starts
+from ctseg.errors import ModelError
 from ctseg.preprocess import Prepared, restore, slabs_of
 from ctseg.specs import Inference
 from ctseg.volume import Geometry, PlaneStream, Volume, orientation_to_ras
@@ -70,6 +71,8 @@ class Placement:
 
 
 IN_MEMORY = Placement()
+NO_IMAGE = np.empty((0, 0, 0), dtype=np.float32)
+"""Of a CT whose image is not needed any more: that makes room."""
 ALL_RAN_AGAIN = (
     "rounding would have turned too much of the mask: every window ran again; --precision float32 is faster here"
 )
@@ -166,12 +169,13 @@ def scores_taken(
                         on, image_XYZ, inference, on_window, scratch, fast=fast, by=by, ready=ready, note=note
                     )
 
-                logits = logits_within_memory(model, prepared.image_XYZ, run, note)
+                image = [prepared.image_XYZ]
+                prepared = replace(prepared, image_XYZ=NO_IMAGE)
+                logits = logits_within_memory(model, image.pop, run, note)
                 if arrival is not None:
                     arrival.wait_for_end()
             if arrival is not None:
                 clock.move(arrival.seconds, "network", "read")
-        prepared = replace(prepared, image_XYZ=logits[0, :0])  # makes room for the mask
         with clock.stage("restore", device):
             return Scores(scores_from_logits(logits), prepared)
 
@@ -240,7 +244,18 @@ def window_logits(
             on_window(number, calls)
     _settle_rounding(grid, done, model, on_window, note, fast=fast)
     average(grid.total_CXYZ, done, grid.held)
+    if model.runtime.precision == "float16":
+        _check_range(grid.total_CXYZ, model)
     return as_asked(grid.total_CXYZ, device_of(given))
+
+
+def _check_range(logits_CXYZ: Array, model: Model) -> None:
+    """Raises ModelError where float16, which ends at 65504, did not hold what the network computes."""
+    xp = array_namespace(logits_CXYZ)
+    if not bool(xp.all(xp.isfinite(logits_CXYZ))):
+        raise ModelError(
+            f"model '{model.path}': its answer is not a number in float16; choose --precision bfloat16 or float32"
+        )
 
 
 class _Grid:

@@ -27,7 +27,12 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-LACK_OF_MEMORY = "out of memory|not enough memory|(can't|cannot|failed to) allocate"
+LACK_OF_MEMORY = re.compile(
+    "out of memory|not enough memory|(can't|cannot|failed to) allocate|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED|"
+    "unable to find an engine to execute|unable to find a valid cuDNN algorithm",
+    re.IGNORECASE,
+)
+"""How torch and NumPy tell it. cuDNN says that no engine is left when all have run out of memory."""
 GPU_DEVICES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg", "/dev/kfd", "/proc/driver/nvidia/version")
 """Of NVIDIA's driver, of Windows below a Linux, and of AMD's, whose builds of torch speak of CUDA too."""
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
@@ -201,13 +206,18 @@ def may_have_gpu() -> bool:
     return any(Path(path).exists() for path in GPU_DEVICES)
 
 
+def lacks_memory(error: MemoryError | RuntimeError) -> bool:
+    """Whether an error tells of a lack of memory."""
+    return isinstance(error, MemoryError) or LACK_OF_MEMORY.search(str(error)) is not None
+
+
 @contextmanager
 def memory_errors(subject: str, device: torch.device) -> Iterator[None]:
     """Turns a lack of memory inside, however torch or NumPy tell it, into NotEnoughMemory about `subject`."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search(LACK_OF_MEMORY, str(error), re.IGNORECASE):
+        if not lacks_memory(error):
             raise
         advice = "a machine with more" if device.type == "cpu" else "--device cpu or a GPU with more"
         raise NotEnoughMemory(f"{subject}: not enough memory on {device}; try {advice}") from error
@@ -290,6 +300,9 @@ def _choose_device(name: str) -> torch.device:
     if device.type != "cuda":
         raise DeviceError(f"device '{name}': ctseg runs on cpu and cuda")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    together = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if device.index is not None and together > 1:
+        raise DeviceError(f"device '{name}': one GPU for {together} processes; use --device cuda")
     only = count == 1 and slurm.num_tasks(os.environ) > 1  # Slurm may show each task its own GPU and no other
     index = device.index if device.index is not None else 0 if only else int(os.environ.get("LOCAL_RANK", 0))
     if index >= count:

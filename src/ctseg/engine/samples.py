@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from ctseg.engine.bank import bank_folder, open_bank, organ_sections
+from ctseg.engine.bank import Room, bank_folder, open_bank, organ_sections
 from ctseg.errors import ManifestError
 from ctseg.manifest import Case
 from ctseg.recipe import Recipe
@@ -32,16 +32,21 @@ class OrganCount:
 
 
 def open_samples(
-    cases: tuple[Case, ...], root: Path, recipe: Recipe, labels: Mapping[str, str], device: torch.device
+    cases: tuple[Case, ...],
+    root: Path,
+    recipe: Recipe,
+    labels: Mapping[str, str],
+    device: torch.device,
+    room: Room | None = None,
 ) -> list[CaseArrays]:
-    """The prepared cases, or their samples; `labels` names the values of a label map.
+    """The prepared cases, or their samples; `labels` names the values of a label map, `room` is as for `open_bank`.
 
     Raises:
         CtsegError: if a case is not prepared.
         ManifestError: if there are cases but no sample in them.
     """
     folder = bank_folder(root, recipe)
-    arrays = open_bank(cases, folder, device)
+    arrays = open_bank(cases, folder, device, room)
     if recipe.clicks is None:
         return arrays
     samples = [

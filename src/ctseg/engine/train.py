@@ -9,11 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ctseg.engine.bank import bank_fingerprint, bank_folder, prepare_bank
+from ctseg.engine.bank import Room, bank_fingerprint, bank_folder, prepare_bank
 from ctseg.engine.checkpoint import BEST, LAST, PREVIOUS, save_checkpoint
 from ctseg.engine.determinism import set_determinism
 from ctseg.engine.fit import fit
-from ctseg.engine.memory import check_gpu, fit_into_memory
+from ctseg.engine.memory import fit_into_memory, limit_gpu
 from ctseg.engine.mlflow_log import check_mlflow
 from ctseg.engine.process import peak_memory_bytes
 from ctseg.engine.runtime import Runtime, memory_errors
@@ -88,7 +88,7 @@ def train(
         Stopped: after a stop request, with everything saved.
     """
     if max_gpu_bytes is not None:
-        check_gpu(runtime)
+        limit_gpu(runtime, max_gpu_bytes)  # before anything lies there
     if mlflow_uri is not None:
         check_mlflow()
     with ExitStack() as begun:
@@ -102,10 +102,14 @@ def train(
             except CtsegError as error:
                 problem = error
         _raise_together(runtime, problem)
+        begun.enter_context(memory_errors(f"training {recipe.name}", runtime.device))
         manifest = read_manifest(run / DATA_FILE)
         folder = bank_folder(prepared, recipe)
-        training = open_samples(manifest.split("training"), prepared, recipe, manifest.labels, runtime.device)
-        validation = open_samples(manifest.validation, prepared, recipe, manifest.labels, runtime.device)
+        room = Room.on(runtime.device, max_gpu_bytes)
+        training, validation = (
+            open_samples(cases, prepared, recipe, manifest.labels, runtime.device, room)
+            for cases in (manifest.split("training"), manifest.validation)
+        )
         if remark := set_determinism(recipe, runtime.device):
             progress.note(remark)
         trainer = Trainer.fresh(recipe, runtime, bank_fingerprint(manifest.to_prepare, folder))
@@ -125,8 +129,7 @@ def train(
                 replace_recipe(run, recipe)
                 trainer.save(run)
                 (run / PREVIOUS).unlink(missing_ok=True)  # of the old recipe: nothing to fall back on
-        with memory_errors(f"training {recipe.name}", runtime.device):
-            best = fit(trainer, training, validation, run, progress, stop_requested, mlflow_uri)
+        best = fit(trainer, training, validation, run, progress, stop_requested, mlflow_uri)
         return TrainResult(
             run=run,
             checkpoint=run / (BEST if best else LAST),

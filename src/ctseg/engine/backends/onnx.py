@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 LIBRARY = "onnxruntime"
 PRECISIONS: tuple[str, ...] = ("float32",)
 OPSET = 18
+CUDA = "CUDAExecutionProvider"
 
 
 def compile_network(network: nn.Module, window: Window, runtime: Runtime) -> bytes:
@@ -33,7 +35,8 @@ def load(content: Bytes, window: Window, runtime: Runtime) -> Forward:
 
 
 def import_library() -> Any:
-    """onnxruntime."""
+    """onnxruntime, without the usage statistics that it would report to its makers."""
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # read when it is imported
     import onnxruntime
 
     return onnxruntime
@@ -70,9 +73,15 @@ def open_session(content: bytes, runtime: Runtime) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = runtime.threads
     options.log_severity_level = 3
-    cuda = runtime.device.type == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers()
-    on_gpu = ("CUDAExecutionProvider", {"device_id": runtime.device.index or 0})
-    return onnxruntime.InferenceSession(content, options, providers=[on_gpu] if cuda else ["CPUExecutionProvider"])
+    # Float32 means float32, not TF32's ten bits.
+    on_gpu = (CUDA, {"device_id": runtime.device.index or 0, "use_tf32": "0"})
+    providers = [on_gpu] if runtime.device.type == "cuda" and has_cuda() else ["CPUExecutionProvider"]
+    return onnxruntime.InferenceSession(content, options, providers=providers)
+
+
+def has_cuda() -> bool:
+    """Whether the onnxruntime that is installed here was built for NVIDIA's GPUs."""
+    return CUDA in import_library().get_available_providers()
 
 
 def forward_of_session(session: Any) -> Forward:
