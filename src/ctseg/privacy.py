@@ -32,7 +32,7 @@ def configuration_folder() -> Path | None:
     """Where this user's settings for ctseg are; None for a user without a home folder."""
     given = os.environ.get("XDG_CONFIG_HOME")
     try:
-        return (Path(given) if given else Path.home() / ".config") / "ctseg"
+        return (Path(given) if given and Path(given).is_absolute() else Path.home() / ".config") / "ctseg"
     except RuntimeError:
         return None
 

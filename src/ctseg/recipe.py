@@ -40,6 +40,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+MAX_TOML_CHARACTERS, MAX_DOTS = 2**20, 200
+"""Of a recipe's file, and in one of its lines: a key of many parts takes memory by the square of their number."""
 RECIPE_FOLDER = Path(__file__).parent / "recipes"
 RECIPE_ENTRY = "ctseg_recipe.json"
 """Name under which an exported model, a bundle too, carries its recipe."""
@@ -231,7 +233,13 @@ def recipe_from_dict(data: Any, subject: str, overrides: list[str] | None = None
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        data: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if (
+            len(text) > MAX_TOML_CHARACTERS
+            or any(line.count(".") > MAX_DOTS for line in text.splitlines())
+        ):
+            raise ValueError(f"more than {MAX_TOML_CHARACTERS} characters, or {MAX_DOTS} dots in a line")
+        data: dict[str, Any] = tomllib.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise RecipeError(f"recipe '{path}': cannot be read as TOML: {error}") from error
     return data

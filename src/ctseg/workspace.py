@@ -48,7 +48,7 @@ def run_recipe(run: Path) -> Recipe:
         raise CtsegError(f"'{run}' is not a run folder: it has no {RECIPE_FILE}")
     try:
         data = json.loads((run / RECIPE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RecipeError(f"'{run / RECIPE_FILE}': cannot be read: {error}") from error
     return recipe_from_dict(data, f"recipe of run '{run}'")
 
@@ -72,7 +72,7 @@ def newest_run(recipe_name: str | None = None, *, trained: bool = False, finetun
 def _recipe_name(file: Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8")).get("name")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, RecursionError, AttributeError):
         return None
 
 
@@ -124,7 +124,7 @@ def run_precision(run: Path) -> str:
     """The precision a run was started with, or "auto" if it does not say."""
     try:
         return str(json.loads((run / DATA_FILE).read_text(encoding="utf-8")).get("precision", "auto"))
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, RecursionError, AttributeError):
         return "auto"
 
 

@@ -163,6 +163,24 @@ assert not [name for name, module in sys.modules.items() if name.startswith("ope
     assert list(tmp_path.iterdir()) == []
 
 
+def test_onnxruntime_is_imported_without_its_telemetry(tmp_path: Path) -> None:
+    """It would write an identifier to the home and report what it runs to its makers."""
+    program = """
+import sys
+from pathlib import Path
+from onnx import TensorProto, helper
+from ctseg.engine.backends.onnx import open_session
+from ctseg.engine.runtime import start_on_host
+ports = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy"]
+graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "g", ports[:1], ports[1:])
+model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+open_session(model.SerializeToString(), start_on_host())
+"""
+    environ = {"HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environ, timeout=60)
+    assert list(tmp_path.iterdir()) == []
+
+
 @needs_openvino
 def test_openvinos_converter_is_imported_by_whoever_calls_it(tmp_path: Path) -> None:
     program = """

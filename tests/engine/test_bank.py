@@ -14,7 +14,7 @@ import torch
 from monai.transforms import CropForeground
 
 from ctseg.engine import bank
-from ctseg.engine.bank import bank_fingerprint, bank_folder, case_folder, open_bank, prepare_bank, read_case
+from ctseg.engine.bank import Room, bank_fingerprint, bank_folder, case_folder, open_bank, prepare_bank, read_case
 from ctseg.errors import CtsegError, ImageError, ManifestError, Stopped
 from ctseg.io.images import read_image, read_labels, write_labels
 from ctseg.manifest import Case, Manifest
@@ -315,6 +315,16 @@ def test_a_case_with_a_spoiled_description_is_made_again(own_case, tiny_recipe, 
     for text in ("", "{", "{}", json.dumps({"source": []})):
         (folder / "case.json").write_text(text)
         assert prepare_bank((own_case,), tiny_recipe, tmp_path, Silent()).made == ("ct",)
+
+
+def test_cases_take_a_share_of_a_gpu_together(monkeypatch) -> None:
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1000, 4000))
+    room = Room.on(gpu)
+    assert [room.take(n) for n in (300, 300, 200, 1)] == [True, False, True, False]
+    assert Room.on(gpu, max_bytes=200).num_bytes == 100
+    assert Room.on(gpu, max_bytes=2000).num_bytes == 500
+    assert Room.on(CPU).num_bytes == 0
 
 
 @pytest.mark.gpu

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from ctseg.engine.checkpoint import save_checkpoint
+from ctseg.engine.export import export
 from ctseg.engine.model import forward_of, load_model, load_network
 from ctseg.engine.runtime import Runtime
-from ctseg.errors import ModelError, RecipeError
+from ctseg.errors import DeviceError, ModelError, RecipeError
 from ctseg.networks import network_for
 from ctseg.recipe import Recipe, load_recipe
 
@@ -87,6 +88,23 @@ def test_foreign_torchscript_without_a_recipe_is_refused(tmp_path: Path, cpu: Ru
     with pytest.warns(DeprecationWarning, match="torch.jit"):
         torch.jit.save(torch.jit.trace(torch.nn.ReLU(), torch.zeros(1)), str(path))
     assert "carries no ctseg recipe; export it with `ctseg export`" in refusal(path, cpu)
+
+
+def test_onnx_is_refused_a_precision_that_it_has_not(tmp_path: Path) -> None:
+    identity_onnx(tmp_path / "model.onnx")
+    runtime = Runtime(torch.device("cpu"), "bfloat16")
+    with pytest.raises(DeviceError, match=r"precision 'bfloat16': a .onnx file is in float32; name its checkpoint"):
+        load_model(tmp_path / "model.onnx", runtime)
+
+
+def test_onnx_says_that_it_runs_on_the_cpu(tiny_checkpoint: Path, cpu: Runtime, tmp_path: Path, monkeypatch) -> None:
+    """On a GPU, where onnxruntime was built without it."""
+    export(tiny_checkpoint, "onnx", tmp_path / "model.onnx", cpu)
+    monkeypatch.setattr("ctseg.engine.model.has_cuda", lambda: False)
+    notes: list[str] = []
+    model = load_model(tmp_path / "model.onnx", Runtime(torch.device("cuda", 0), "float16"), note=notes.append)
+    assert (model.runtime.device.type, model.runtime.precision) == ("cpu", "float32")
+    assert notes == ["onnxruntime here is a build without CUDA: the model runs on the CPU"]
 
 
 def test_foreign_onnx_without_a_recipe_is_refused(tmp_path: Path, cpu: Runtime) -> None:

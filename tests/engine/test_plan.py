@@ -36,6 +36,7 @@ from ctseg.engine.plan import (
     plan_run,
 )
 from ctseg.engine.predict import IN_MEMORY, Placement, predict
+from ctseg.engine.runtime import Runtime
 from ctseg.errors import ImageError, NotEnoughMemory
 from ctseg.io import Extent
 from ctseg.io.images import read_image, read_labels, write_image
@@ -469,3 +470,18 @@ def test_measuring_leaves_the_model_as_it_was(tiny_model: Model, tiny_manifest: 
     before = predict(tiny_model, volume)
     measure_network(tiny_model)
     np.testing.assert_array_equal(predict(tiny_model, volume), before)
+
+
+def test_a_network_that_a_gpu_has_no_memory_for_is_measured_on_the_cpu(tiny_model: Model, monkeypatch) -> None:
+    """As its CTs will be done there: see `ctseg.engine.ladder`."""
+
+    def seconds_of(model: Model) -> float:
+        if model.runtime.device.type == "cuda":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 3.0
+
+    monkeypatch.setattr(planning, "_seconds_of_window", seconds_of)
+    full = replace(tiny_model, runtime=Runtime(torch.device("cuda", 0)), on_cpu=lambda: tiny_model)
+    assert measure_network(full).seconds == 3.0
+    with pytest.raises(NotEnoughMemory, match="one window: not enough memory on cuda:0"):
+        measure_network(replace(full, on_cpu=None))

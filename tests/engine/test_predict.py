@@ -19,7 +19,7 @@ from ctseg.engine.model import Forward, Model, forward_of
 from ctseg.engine.predict import Placement, predict, scores_from_logits, window_logits
 from ctseg.engine.runtime import Runtime
 from ctseg.engine.windows import num_windows, window_starts
-from ctseg.errors import OutputError
+from ctseg.errors import ModelError, OutputError
 from ctseg.recipe import Recipe
 from ctseg.specs import Inference
 from ctseg.volume import Geometry, Volume
@@ -252,3 +252,13 @@ def test_scores_of_several_classes_are_the_softmax() -> None:
     scores = scores_from_logits(logits.clone())
     torch.testing.assert_close(scores.sum(dim=0), torch.ones(3, 2, 5))
     torch.testing.assert_close(scores[2] / scores[1], (logits[2] - logits[1]).exp())
+
+
+def test_what_float16_does_not_hold_is_an_error_and_no_mask(recipe: Recipe) -> None:
+    def overflowing(image_BCXYZ: Tensor) -> Tensor:
+        return torch.cat([image_BCXYZ, image_BCXYZ * float("nan")], dim=1)
+
+    image_XYZ = torch.ones(24, 24, 24)
+    model = model_of(recipe, overflowing, Runtime(torch.device("cpu"), "float16"))
+    with pytest.raises(ModelError, match=r"not a number in float16; choose --precision bfloat16 or float32"):
+        window_logits(model, image_XYZ, recipe.inference)

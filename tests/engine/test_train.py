@@ -16,8 +16,9 @@ from ctseg.engine.bank import bank_folder
 from ctseg.engine.checkpoint import read_checkpoint
 from ctseg.engine.runtime import Runtime
 from ctseg.engine.train import TrainResult, train
-from ctseg.errors import CtsegError, ManifestError, OutputError
+from ctseg.errors import CtsegError, ManifestError, NotEnoughMemory, OutputError, Stopped
 from ctseg.manifest import Manifest
+from ctseg.networks import network_for
 from ctseg.progress import Silent
 from ctseg.recipe import Recipe
 
@@ -63,6 +64,34 @@ def test_without_a_training_split_nothing_is_begun(
     with pytest.raises(ManifestError, match="split 'training' has no cases"):
         train_tiny(tiny_recipe, tmp_path / "run", manifest=dataclasses.replace(tiny_manifest, cases=cases))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("error", "stays"), [(Stopped("stopped"), True), (NotEnoughMemory("no room"), False)])
+def test_a_run_that_never_began_leaves_nothing_unless_it_was_stopped(
+    tiny_recipe: Recipe,
+    tiny_manifest,
+    tiny_prepared: Path,
+    tmp_path: Path,
+    cpu,
+    monkeypatch,
+    error: Exception,
+    stays: bool,
+) -> None:
+    def refuse(*_: object) -> None:
+        raise error
+
+    arguments = (tiny_recipe, tmp_path / "run", lambda _: tiny_manifest, cpu, Silent(), tiny_prepared)
+    start = {"model": network_for(tiny_recipe).state_dict(), "report": {"source": "here"}}
+    with monkeypatch.context() as patch, pytest.raises(type(error)):
+        patch.setattr("ctseg.engine.train.prepare_bank", refuse)
+        train(*arguments, start=start)
+    assert (tmp_path / "run").exists() is stays
+    if stays:
+        assert {path.name for path in (tmp_path / "run").iterdir()} == {
+            "recipe.json", "data.json", "start.pt", "start.json",
+        }  # fmt: skip
+    else:
+        assert train(*arguments).epochs == tiny_recipe.training.epochs
 
 
 def test_only_training_and_validation_cases_are_prepared(tiny_recipe, tiny_manifest, tmp_path: Path, cpu) -> None:

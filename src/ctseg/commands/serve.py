@@ -44,7 +44,9 @@ def serve(
     max_upload: Annotated[str, typer.Option(metavar="SIZE", help="Of one request.")] = "1G",
     max_voxels: Annotated[int, typer.Option(min=1, help="Of one image.")] = 2**29,
     cache: Annotated[str, typer.Option(metavar="SIZE", help="Memory for images.")] = "2G",
-    session_minutes: Annotated[float, typer.Option(min=0.01, help="An unused session ends after so long.")] = 60.0,
+    session_minutes: Annotated[
+        float, typer.Option(min=0.01, max=525600, help="An unused session ends after so long.")
+    ] = 60.0,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
     backend: BackendOption = "auto",
@@ -77,10 +79,12 @@ def serve(
     from ctseg.engine.process import stop_on_signal
     from ctseg.engine.runtime import running
     from ctseg.server.app import make_app
-    from ctseg.server.run import Tls, open_socket, run, start_log, url_of
+    from ctseg.server.run import Tls, check_tls, open_socket, run, start_log, url_of
     from ctseg.server.service import open_service
 
     tls = None if tls_cert is None or tls_key is None else Tls(tls_cert, tls_key)
+    if tls is not None:
+        check_tls(tls)
     bound = open_socket(host, port)
     start_log(quiet)
     with (

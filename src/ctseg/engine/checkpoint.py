@@ -9,6 +9,7 @@ torch itself does not notice a changed byte among the weights; here the file's o
 from __future__ import annotations
 
 import io
+import mmap
 import os
 import pickle
 import shutil
@@ -114,17 +115,29 @@ def load_plain(path: Path, kind: str) -> Any:
 
 def _check_archive(path: Path) -> None:
     """Raises ValueError if a part is not what was written, or would unpack to more than the file holds."""
-    if not zipfile.is_zipfile(path):
-        return  # torch reads its own older files, and finds out about others
+    if not zipfile.is_zipfile(path):  # torch reads its own older files, and finds out about others
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            _check_pickle(content)
+        return
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise ValueError("its parts are compressed, as torch never does")
         if sum(entry.file_size for entry in entries) > path.stat().st_size:
             raise ValueError("its parts claim more than the file holds")
+        for entry in entries:
+            if entry.filename.endswith(".pkl"):
+                _check_pickle(archive.read(entry))
         part = archive.testzip()
     if part is not None:
         raise ValueError(f"the checksum of {part[:80]!r} is wrong; copy the file again")
+
+
+def _check_pickle(content: bytes | mmap.mmap) -> None:
+    """Raises ValueError for what torch would let a few bytes take any amount of memory by."""
+    for module in (b"builtins", b"__builtin__"):
+        if content.find(module + b"\nbytearray\n") >= 0:
+            raise ValueError("it holds a bytearray, as ctseg never writes")
 
 
 def file_sha256(path: Path) -> str:

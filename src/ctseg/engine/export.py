@@ -129,6 +129,8 @@ def _compare(eager: Forward, exported: Forward, recipe: Recipe, runtime: Runtime
     largest, difference, agreeing, voxels = 0.0, 0.0, 0, 0
     for window in windows:
         wanted, got = eager(window), exported(window)
+        if not bool(torch.isfinite(wanted).all() and torch.isfinite(got).all()):
+            raise ModelError(f"export to {file_format}: the network's answer is not a number; the file was not kept")
         largest = max(largest, float(wanted.abs().max()))
         difference = max(difference, float((wanted - got).abs().max()))
         labels = _labels(wanted)

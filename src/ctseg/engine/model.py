@@ -6,7 +6,7 @@ import functools
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -235,10 +235,23 @@ def load_network(path: Path) -> tuple[Recipe, nn.Module]:
     recipe = recipe_from_dict(content.get("recipe"), f"recipe inside '{path}'")
     try:
         network = network_for(recipe)
-        network.load_state_dict(content.get("average") or content["model"])
+        state = content.get("average") or content["model"]
+        _check_numbers(state, path)
+        network.load_state_dict(state)
     except (KeyError, RuntimeError, TypeError, AttributeError) as error:
         raise ModelError(f"checkpoint '{path}': its weights do not fit its recipe's network") from error
     return recipe, network
+
+
+def _check_numbers(state: Mapping[str, Tensor], path: Path) -> None:
+    """Raises ModelError for weights that are not all finite numbers: their masks would be empty."""
+    import torch
+
+    for name, value in state.items():
+        if value.is_complex() or not bool(torch.isfinite(value).all()):
+            raise ModelError(
+                f"checkpoint '{path}': {name[:80]} holds values that are not finite numbers; train it anew"
+            )
 
 
 def _load_unchanged(path: Path, sha256: str) -> tuple[Recipe, nn.Module]:
@@ -283,6 +296,6 @@ def _recipe_entry(text: str | bytes, path: Path) -> Recipe:
         raise ModelError(f"model '{path}': carries no ctseg recipe; export it with `ctseg export`")
     try:
         data = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"model '{path}': the recipe inside is not valid JSON") from error
     return recipe_from_dict(data, f"recipe inside '{path}'")

@@ -38,11 +38,24 @@ REPLACED = "replaced"
 """Folder, below that of a tag, of the labels that newer ones took the place of."""
 
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+MAX_ID_BYTES = 200
+"""The file of a label is called by it, and 255 bytes are what a file's name may have."""
 _ID = re.compile(r"[\w(][\w .()+,=@-]{0,199}")
 
 
 _FRAMES, _SLICE = "frames.dcm", "slice_"
 """Names of DICOM files that clients have sent; that of a slice goes on with its place in millimetres."""
+
+
+def check_tag(tag: str) -> str:
+    """`tag`, if labels can have it.
+
+    Raises:
+        Invalid: if not.
+    """
+    if not _TAG.fullmatch(tag) or tag == REPLACED:
+        raise Invalid(f"tag {shown(tag)}: expected at most 64 letters, digits, '_' and '-', such as 'final'")
+    return tag
 
 
 class Datastore:
@@ -124,7 +137,7 @@ class Datastore:
             Conflict: if there is one of that id.
             Invalid: if it cannot be an id.
         """
-        if not _ID.fullmatch(image_id):
+        if not _ID.fullmatch(image_id) or len(image_id.encode()) > MAX_ID_BYTES:
             raise Invalid(f"image id {shown(image_id)}: expected at most 200 letters, digits and '_-.()+,=@ '")
         suffix = source.name[len(image_stem(source)) :].lower()
         with self._lock, output_errors(self.folder):
@@ -199,7 +212,7 @@ class Datastore:
             NotHere: if there is no such image.
             Invalid: if the tag or a name is wrong, a value has no name, or the mask lies on another grid.
         """
-        with self._lock:
+        with self._lock, self._index.naming():
             image_id = self._check_grid(image_id, geometry)
             path = self._new_label_path(image_id, tag)
             if names is None:
@@ -225,7 +238,7 @@ class Datastore:
             NotHere: if there is no such image.
             Invalid: if the tag or the name is wrong, or the mask or the label map lies on another grid.
         """
-        with self._lock:
+        with self._lock, self._index.naming():
             path = self._new_label_path(self._check_grid(image_id, geometry), tag)
             whole = np.zeros(geometry.size, dtype=np.uint8, order="F")
             if path.is_file():
@@ -279,8 +292,7 @@ class Datastore:
         return {path.name: path for path in folders if path.is_dir() and not path.is_symlink()}
 
     def _new_label_path(self, image_id: str, tag: str) -> Path:
-        if not _TAG.fullmatch(tag) or tag == REPLACED:
-            raise Invalid(f"tag {shown(tag)}: expected at most 64 letters, digits, '_' and '-', such as 'final'")
+        check_tag(tag)
         folder = self._labels / tag
         if folder.is_symlink():
             raise Invalid(f"tag {shown(tag)}: its folder is a link; replace it by a folder")

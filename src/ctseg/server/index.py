@@ -9,7 +9,8 @@ import copy
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,16 @@ class Index:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._data = _read(path)
+
+    @contextmanager
+    def naming(self) -> Iterator[None]:
+        """What values are named inside is forgotten if an error ends it: they are not in any file then."""
+        before = dict(self._data["structures"])
+        try:
+            yield
+        except BaseException:
+            self._data["structures"] = before
+            raise
 
     @property
     def structures(self) -> dict[str, int]:
@@ -193,10 +204,15 @@ def _read(path: Path) -> dict[str, Any]:
         if isinstance(data, dict) and isinstance(data.get(key), dict):
             index[key] = data[key]
     index["structures"] = _usable_structures(index["structures"])
-    index["labels"] = {tag: notes for tag, notes in index["labels"].items() if isinstance(notes, dict)}
+    index["images"] = _dicts(index["images"])
+    index["labels"] = {tag: _dicts(notes) for tag, notes in _dicts(index["labels"]).items()}
     if not isinstance(data, dict) or any(data.get(key, {}) != index[key] for key in index):
         _set_aside(path)
     return index
+
+
+def _dicts(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if isinstance(value, dict)}
 
 
 def _usable_structures(structures: dict[str, Any]) -> dict[str, str]:

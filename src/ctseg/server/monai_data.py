@@ -202,7 +202,8 @@ def _handed_out(info: dict[str, Any]) -> float:
     """When an image was handed out last, 0 for never."""
     notes = info.get("strategy")
     times = [note.get("ts") for note in notes.values() if isinstance(note, dict)] if isinstance(notes, dict) else []
-    return float(max((t for t in times if isinstance(t, int | float)), default=0))
+    now = time.time()
+    return float(max((t for t in times if isinstance(t, int | float) and 0 <= t <= now), default=0))
 
 
 def _names(label_info: Any) -> dict[int, str] | None:

@@ -17,7 +17,7 @@ from fastapi.responses import FileResponse, PlainTextResponse
 from starlette.concurrency import run_in_threadpool
 
 import ctseg
-from ctseg.server.datastore import ORIGINAL
+from ctseg.server.datastore import ORIGINAL, check_tag
 from ctseg.server.dicom_seg import MEDIA_TYPE as SEG_MEDIA_TYPE
 from ctseg.server.dicom_seg import seg_writer
 from ctseg.server.masks import MEDIA_TYPES, result_form
@@ -70,14 +70,14 @@ async def infer(
     served = service.model(model)
     given = plain_object(params)
     form = result_form(given)
+    tag = check_tag(str(given.get("label_tag", ORIGINAL)))
     started = time.perf_counter()
     async with image_for(service, image=image, session_id=session_id, file=file) as found:
         as_seg = seg_writer(service, served, found, given) if output == "dicom_seg" else None
         result = await segment_for(request, service, served, found, given)
         seg = None if as_seg is None else await run_in_threadpool(as_seg, result.mask)
     if given.get("save_label") is True and image and not served.takes_clicks:
-        names = served.names
-        tag, save = str(given.get("label_tag", ORIGINAL)), service.datastore.save_label
+        names, save = served.names, service.datastore.save_label
         notes = {"params": {"label_names": served.labels}}
         await run_in_threadpool(save, image, tag, result.mask, result.geometry, names=names, info=notes)
     told = json.dumps(
@@ -163,7 +163,7 @@ def auth_token(
     token = service.settings.token
     if token is None:
         return {"access_token": None, "token_type": None}
-    if not hmac.compare_digest(password.encode(), token.encode()):
+    if not hmac.compare_digest(password.encode(errors="surrogatepass"), token.encode()):
         raise NoToken("password: is not the server's token")
     return {"access_token": token, "token_type": "bearer"}
 

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Body
 from starlette.concurrency import run_in_threadpool
 
 from ctseg.server.batch import start_batch
-from ctseg.server.datastore import FINAL, ORIGINAL
+from ctseg.server.datastore import FINAL, ORIGINAL, check_tag
 from ctseg.server.own_api import ServiceHere
 from ctseg.server.problems import Invalid, NotHere
 from ctseg.server.tasks import Tasks
@@ -61,7 +61,7 @@ async def batch_infer(
 ) -> dict[str, Any]:
     """With the tag `original`, or `label_tag` of the body."""
     served = service.model(model, takes_clicks=False)
-    tag = str((params or {}).get("label_tag") or ORIGINAL)
+    tag = check_tag(str((params or {}).get("label_tag") or ORIGINAL))
     store = service.datastore
     known, done = list(await run_in_threadpool(store.images)), await run_in_threadpool(store.labelled, FINAL)
     chosen = {"all": known, "labeled": list(done), "unlabeled": [i for i in known if i not in done]}[images]

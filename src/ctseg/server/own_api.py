@@ -128,9 +128,9 @@ def open_session(service: ServiceHere, body: NewSession) -> dict[str, Any]:
     """A session without clicks; it expires when nobody uses it."""
     served = service.model(body.model, takes_clicks=True)
     image_id, image = service.datastore.find(body.image)
-    geometry = service.check_size(image)
+    version, geometry = image.version(), service.check_size(image)
     empty = mask_bytes(np.zeros(geometry.size, dtype=np.uint8, order="F"), geometry)
-    session_id = service.click_sessions.add(ClickSession(image_id, image, served.name, mask=empty))
+    session_id = service.click_sessions.add(ClickSession(image_id, image, version, served.name, mask=empty))
     return _told(service, session_id)
 
 
@@ -154,6 +154,7 @@ async def click(request: Request, service: ServiceHere, session: str, body: NewC
     async with found.lock:
         if len(found.clicks) >= MAX_CLICKS:
             raise Conflict(f"session: at most {MAX_CLICKS} clicks; undo some or reset")
+        await run_in_threadpool(found.check_unchanged)
         geometry = await run_in_threadpool(service.check_size, found.image)
         new = Click(voxel_of(body.position, geometry, body.coordinates), body.positive)
         return await _answer(request, service, found, (*found.clicks, new))
@@ -164,6 +165,7 @@ async def undo(request: Request, service: ServiceHere, session: str) -> Response
     """The mask without the last click."""
     found = service.click_sessions.get(session).content
     async with found.lock:
+        await run_in_threadpool(found.check_unchanged)
         return await _answer(request, service, found, found.clicks[:-1])
 
 
@@ -190,6 +192,7 @@ async def save(service: ServiceHere, session: str, body: Save) -> dict[str, Any]
         mask = mask_of_bytes(found.mask)
         if not mask.any():
             raise Invalid("save: the mask is empty; click first")
+        found.check_unchanged()
         geometry = service.check_size(found.image)
         return service.datastore.save_structure(found.id, body.tag, body.label, mask, geometry)[1]
 

@@ -7,6 +7,7 @@ import atexit
 import logging
 import queue
 import socket
+import ssl
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -70,11 +71,26 @@ def open_socket(host: str, port: int) -> socket.socket:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
         bound.listen(128)  # who comes before the models are loaded waits
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # a name with an empty part, or one that is too long, is the latter
         if bound is not None:
             bound.close()
-        raise CtsegError(f"--host {host} --port {port}: {error.strerror or error}; choose another one") from error
+        reason = getattr(error, "strerror", None) or error
+        raise CtsegError(f"--host {host[:80]} --port {port}: {reason}; choose another one") from error
     return bound
+
+
+def check_tls(tls: Tls) -> None:
+    """Raises CtsegError unless the certificate and its key can be used."""
+
+    def no_password() -> str:
+        raise ValueError("the key is encrypted; give one without a password")
+
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(tls.certificate, tls.key, no_password)
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        reason = getattr(error, "strerror", None) or error
+        raise CtsegError(f"--tls-cert {tls.certificate}, --tls-key {tls.key}: cannot be used: {reason}") from error
 
 
 def url_of(bound: socket.socket, tls: Tls | None) -> str:
@@ -107,6 +123,7 @@ def run(app: FastAPI, bound: socket.socket, tls: Tls | None, stop_requested: Cal
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
         bound.close()
         raise CtsegError(f"--tls-cert, --tls-key: cannot be used: {error}") from error
+    silence_uvicorn()
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, args=([bound],), name="http", daemon=True)
     thread.start()
@@ -114,6 +131,13 @@ def run(app: FastAPI, bound: socket.socket, tls: Tls | None, stop_requested: Cal
         thread.join(0.05)
         if stop_requested():
             server.should_exit = True
+
+
+def silence_uvicorn() -> None:
+    """Has uvicorn tell nothing: its tracebacks name files, which may be called as patients are. Our own log tells."""
+    log = logging.getLogger("uvicorn")
+    log.propagate = False
+    log.handlers = [logging.NullHandler()]
 
 
 def start_log(quiet: bool) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +28,7 @@ from ctseg.preprocess import Prepared
 from ctseg.server.cache import ByteCache
 from ctseg.server.datastore import Datastore
 from ctseg.server.images import Image
-from ctseg.server.problems import Invalid, NotHere, TooLarge
+from ctseg.server.problems import Conflict, Invalid, NotHere, TooLarge
 from ctseg.server.sessions import Sessions
 from ctseg.server.settings import Settings
 from ctseg.server.tasks import Tasks
@@ -94,11 +95,18 @@ class ClickSession:
 
     id: str
     image: Image
+    version: tuple[Any, ...]
+    """Of the image when the session began."""
     model: str
     clicks: tuple[Click, ...] = ()
     mask: bytes = b""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while a click is answered: clicks count in the order they came."""
+
+    def check_unchanged(self) -> None:
+        """Raises Conflict if another image lies in the file by now, which clicks and mask do not belong to."""
+        if self.image.version() != self.version:
+            raise Conflict("session: the file of its image has changed; begin a new one")
 
 
 @dataclass(frozen=True)
@@ -176,6 +184,7 @@ class Service:
 
         def work(check: Callable[[], None]) -> NDArray[np.uint8]:
             volume = self.volume(image)  # read only now: those who wait are many
+            _check_unchanged(geometry, volume.geometry)
             return predict(
                 served.model, volume, lambda *_: check(), note=partial(LOG.warning, "model %s: %s", served.name)
             )
@@ -202,7 +211,9 @@ class Service:
             return int(prepared.image_XYZ.nbytes)
 
         def work(_: object) -> NDArray[np.uint8]:
-            return segment_prepared(served.model, self.cache.get(key, prepare, num_bytes), clicks)
+            prepared = self.cache.get(key, prepare, num_bytes)
+            _check_unchanged(geometry, prepared.source)
+            return segment_prepared(served.model, prepared, clicks)
 
         return await self._run(request, work, geometry)
 
@@ -247,6 +258,12 @@ def open_service(settings: Settings, models: Sequence[tuple[str, Model]]) -> Ser
         cache=ByteCache(settings.cache_bytes),
         scratch=Path(tempfile.mkdtemp(prefix="ctseg-serve-")),
     )
+
+
+def _check_unchanged(told: Geometry, read: Geometry) -> None:
+    """Raises Conflict if another image lies in the file than when the request came."""
+    if told.size != read.size or not np.array_equal(told.affine, read.affine):
+        raise Conflict("image: its file has changed meanwhile; begin anew")
 
 
 def _remove(upload: Upload) -> None:

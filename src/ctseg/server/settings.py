@@ -97,16 +97,26 @@ def check_exposure(host: str, token: str | None, insecure: bool) -> None:
         )
 
 
+PORTS = {"http": 80, "https": 443}
+"""Which browsers leave out of an origin."""
+
+
 def check_origin(origin: str) -> str:
-    """`origin` if it is one, such as https://viewer.example.org.
+    """`origin` as browsers write it, if it is one, such as https://viewer.example.org.
 
     Raises:
         CtsegError: if it is not.
     """
-    parts = urlsplit(origin)
-    if parts.scheme not in ("http", "https") or not parts.hostname or origin != f"{parts.scheme}://{parts.netloc}":
+    lower = origin.lower()
+    try:
+        parts = urlsplit(lower)
+        port = parts.port
+    except ValueError:
+        parts, port = urlsplit(""), None
+    is_origin = parts.scheme in PORTS and parts.hostname and "@" not in lower
+    if not is_origin or lower != f"{parts.scheme}://{parts.netloc}":
         raise CtsegError(f"--cors {origin}: expected an origin such as https://viewer.example.org")
-    return origin
+    return lower.removesuffix(f":{port}") if port == PORTS[parts.scheme] else lower
 
 
 def check_host_name(name: str) -> str:

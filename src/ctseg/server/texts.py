@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 from ctseg.server.problems import Invalid
@@ -48,7 +49,7 @@ def read_json(text: str | bytes, what: str) -> Any:
         Invalid: if it is none, or `check_json` refuses it.
     """
     try:
-        data = json.loads(text, parse_constant=_refuse)
+        data = json.loads(text, parse_constant=_refuse, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise Invalid(f"{what}: expected JSON, got something that is not valid JSON") from error
     check_json(data, what)
@@ -63,6 +64,13 @@ def _parts(whole: Any) -> list[Any]:
 
 def _refuse(constant: str) -> None:
     raise ValueError(constant)
+
+
+def _finite(text: str) -> float:
+    number = float(text)  # 1e999 is infinity
+    if not math.isfinite(number):
+        raise ValueError(text)
+    return number
 
 
 def shown(text: str) -> str:

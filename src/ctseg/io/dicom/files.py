@@ -180,3 +180,5 @@ def _check_archive(members: list[zipfile.ZipInfo], num_bytes: int) -> None:
     packed = sum(member.compress_size for member in members)
     if packed > num_bytes or any(m.file_size > MAX_DEFLATE_RATIO * m.compress_size for m in members):
         raise ImageError("its members are larger than it can hold; it is not a sound archive")
+    if len({member.filename for member in members}) < len(members):
+        raise ImageError("several members have one name, of which programs read one or another; pack it anew")
