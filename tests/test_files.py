@@ -177,3 +177,12 @@ def test_a_file_or_a_link_is_no_folder_to_replace(tmp_path: Path):
     for name in ("file", "link"):
         with pytest.raises(OutputError, match="name another one"), atomic_folder(tmp_path / name, replace=True):
             pass
+
+
+def test_a_name_as_long_as_names_may_be(tmp_path: Path) -> None:
+    for name in ("n" * 255, "\u5b57" * 85):
+        write_text(tmp_path / name, "text")
+        assert (tmp_path / name).read_text() == "text"
+    with atomic_folder(tmp_path / ("f" * 255)) as folder:
+        (folder / "file").touch()
+    assert len(list(tmp_path.iterdir())) == 3

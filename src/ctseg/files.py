@@ -94,7 +94,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         OutputError: if anything inside raises an OSError, e.g. when the disk is full.
     """
     # Two nodes may have the same process numbers and write the same file.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    temporary = _temporary(path)
     with output_errors(path):
         try:
             yield temporary
@@ -103,6 +103,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
             _sync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    """A name beside `path` that nobody has, not longer than names may be."""
+    return path.with_name(f".{path.name[:40]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 def sync_contents(folder: Path) -> None:
@@ -160,7 +165,7 @@ def atomic_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
     """
     if folder.is_symlink() or (is_there(folder) and not (replace and folder.is_dir())):
         raise OutputError(f"cannot write '{folder}': it is there already and not an empty folder; name another one")
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    temporary = _temporary(folder)
     with output_errors(folder):
         try:
             temporary.mkdir(parents=True)

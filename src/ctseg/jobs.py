@@ -123,6 +123,18 @@ class Job:
         return {self.image} if self.series is None else {one.source.path for one in self.series}
 
     @property
+    def num_bytes(self) -> int:
+        """Of the CT's files, unpacked from an archive.
+
+        Raises:
+            OSError: if one cannot be looked at.
+        """
+        if self.series is None:
+            return self.image.stat().st_size
+        sources = {(one.source.path, one.source.member): one.source for one in self.series}
+        return sum(source.num_bytes for source in sources.values())
+
+    @property
     def is_done(self) -> bool:
         """True if the mask is there and not older than the CT."""
         try:

@@ -234,10 +234,7 @@ def recipe_from_dict(data: Any, subject: str, overrides: list[str] | None = None
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
-        if (
-            len(text) > MAX_TOML_CHARACTERS
-            or any(line.count(".") > MAX_DOTS for line in text.splitlines())
-        ):
+        if len(text) > MAX_TOML_CHARACTERS or any(line.count(".") > MAX_DOTS for line in text.splitlines()):
             raise ValueError(f"more than {MAX_TOML_CHARACTERS} characters, or {MAX_DOTS} dots in a line")
         data: dict[str, Any] = tomllib.loads(text)
     except (OSError, ValueError, RecursionError) as error:

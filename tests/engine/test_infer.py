@@ -238,6 +238,47 @@ def test_another_model_is_refused_and_touches_nothing(tiny_model, other_model, j
     assert states(jobs) == before
 
 
+@pytest.mark.parametrize("newer", [False, True])
+def test_the_mask_of_another_ct_of_that_name_is_not_taken_for_its_own(
+    tiny_model: Model, jobs: list[Job], tmp_path: Path, newer: bool
+) -> None:
+    """As in a loop over patients whose CTs are all called ct.nii.gz."""
+    first, second = jobs[0].image, tmp_path / "other" / jobs[0].image.name
+    infer(tiny_model, jobs[:1], tmp_path / "out", Silent())
+    before = states(jobs[:1])
+    second.parent.mkdir()
+    second.write_bytes(jobs[1].image.read_bytes())
+    if not newer:
+        os.utime(second, (1, 1))
+    other = [Job(second, jobs[0].mask)]
+    with pytest.raises(CtsegError, match=r"is the mask of another CT of that name than .*other/"):
+        infer(tiny_model, other, tmp_path / "out", Silent())
+    assert states(jobs[:1]) == before
+    second.write_bytes(first.read_bytes())  # the same CT, somewhere else
+    os.utime(second, (1, 1))
+    assert statuses(infer(tiny_model, other, tmp_path / "out", Silent())) == ["skipped"]
+    second.write_bytes(jobs[1].image.read_bytes())
+    replaced = infer(tiny_model, other, tmp_path / "out", Silent(), options=Options(overwrite=True))
+    assert statuses(replaced) == ["done"]
+
+
+def test_a_ct_that_was_replaced_by_an_older_file_is_done_again(
+    tiny_model: Model, jobs: list[Job], tmp_path: Path
+) -> None:
+    infer(tiny_model, jobs, tmp_path / "out", Silent())
+    jobs[1].image.write_bytes(jobs[2].image.read_bytes())
+    os.utime(jobs[1].image, (1, 1))
+    assert statuses(infer(tiny_model, jobs, tmp_path / "out", Silent())) == ["skipped", "done", "skipped"]
+    assert read_labels(jobs[1].mask).geometry.size == read_image(jobs[2].image).geometry.size
+
+
+def test_two_masks_never_share_a_picture(tiny_model: Model, jobs: list[Job], tmp_path: Path) -> None:
+    twins = [jobs[0], Job(jobs[1].image, jobs[0].mask.with_name(jobs[0].mask.name.replace(".nii.gz", ".nii")))]
+    with pytest.raises(CtsegError, match=r"would be the picture of 2 masks; give these CTs other names"):
+        infer(tiny_model, twins, tmp_path / "out", Silent(), options=Options(overlays=True))
+    assert statuses(infer(tiny_model, twins, tmp_path / "out", Silent())) == ["done"] * 2
+
+
 def test_another_model_may_replace_all_masks(tiny_model, other_model, jobs, tmp_path: Path) -> None:
     infer(tiny_model, jobs, tmp_path / "out", Silent())
     assert (

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ctseg.engine.infer import Outcome, infer
 from ctseg.engine.model import Model
+from ctseg.engine.plan import plan_run
 from ctseg.errors import CtsegError
 from ctseg.io.dicom.labels import read_labels as read_dicom_labels
 from ctseg.io.dicom.read import find_series, read_series, select_series
@@ -267,3 +268,41 @@ def test_a_zip_without_ct_is_told(tmp_path: Path) -> None:
         archive.writestr("notes.txt", "hello")
     with pytest.raises(CtsegError, match=r"no CT in .*a\.zip; known: DICOM and"):
         find_jobs([tmp_path / "a.zip"], tmp_path / "out")
+
+
+@pytest.mark.parametrize("gaps", ["error", "fill", "ignore"])
+def test_a_series_that_is_no_volume_fails_alone(
+    tiny_model: Model, plan: Callable[..., Plan], tmp_path: Path, gaps: str
+) -> None:
+    """A bolus monitoring: one slice, or many at one place."""
+    write_series(tmp_path / "in" / "ct", plan())
+    write_series(tmp_path / "in" / "one", plan(size=(48, 40, 1), tags={"SeriesInstanceUID": "1.2.3.4.7"}))
+    jobs = find_jobs([tmp_path / "in"], tmp_path / "out", Options(gaps=gaps))
+    options = Options(gaps=gaps)
+    plans = plan_run(tiny_model, jobs, options, tmp_path, Silent(), max_bytes=10**12)
+    assert sorted(bool(one.error) for one in plans.cases) == [False, True]
+    outcomes = infer(
+        tiny_model, jobs, tmp_path / "out", Silent(), options=options,
+        plans={job.mask: one for job, one in zip(jobs, plans.cases, strict=True)},
+    )  # fmt: skip
+    assert sorted(one.status for one in outcomes) == ["done", "failed"]
+    (failed,) = [one for one in outcomes if one.status == "failed"]
+    assert "1 slice" in failed.error
+    assert "\n" not in failed.error
+
+
+def test_a_series_that_has_become_longer_is_done_again(
+    tiny_model: Model, plan: Callable[..., Plan], tmp_path: Path
+) -> None:
+    """Its last slices came later, and their files are old."""
+    folder = write_series(tmp_path / "in", plan())
+    rest = sorted(folder.iterdir())[20:]
+    for path in rest:
+        path.rename(tmp_path / path.name)
+    (first,) = run(tiny_model, folder, tmp_path / "out")
+    for path in rest:
+        os.utime(tmp_path / path.name, (1, 1))
+        (tmp_path / path.name).rename(path)
+    (second,) = run(tiny_model, folder, tmp_path / "out")
+    assert (first.status, second.status, first.mask) == ("done", "done", second.mask)
+    assert read_labels(second.mask).geometry.size == (48, 40, 30)

@@ -318,10 +318,27 @@ def some_infinite(path: Path, good: Path) -> None:
     write_image(path, replace(volume, array=array))
 
 
+def enormous(path: Path, good: Path) -> None:
+    """Finite in the file, but infinite, or nearly so, in float32."""
+    volume = read_image(good)
+    array = volume.array.astype(np.float64)
+    array[3, 3, 3:5] = -1.797e308
+    write_image(path, replace(volume, array=array))
+
+
+def far_too_large(path: Path, good: Path) -> None:
+    volume = read_image(good)
+    array = volume.array.astype(np.int32)
+    array[-1, -1, -1] = 2**31 - 1
+    write_image(path, replace(volume, array=array))
+
+
 @pytest.mark.parametrize("streamed", [True, False])
 @pytest.mark.parametrize(
     ("break_it", "reason"),
     [
+        (enormous, "expected Hounsfield units of at most 1e+06, got voxels from -1.797e+308 to "),
+        (far_too_large, "expected Hounsfield units of at most 1e+06, got voxels from -"),
         (wrong_checksum, "the compressed data are damaged (CRC check failed"),
         (some_infinite, "every voxel must be a number, got 2 NaN or infinite"),
     ],

@@ -32,3 +32,7 @@ def test_no_line_ends_in_spaces() -> None:
 def test_uneven_rows_are_refused() -> None:
     with pytest.raises(ValueError, match="zip"):
         render_table(["a", "b"], [[1]])
+
+
+def test_names_of_files_do_not_command_the_terminal() -> None:
+    assert render_table(["name"], [["a\nb\x1b[31m"]]) == "name\n--------\na?b?[31m"

@@ -56,7 +56,7 @@ def case_extent(job: Job, options: Options) -> Extent:
         return read_extent(job.image)
     from ctseg.io.dicom import read
 
-    return read.read_extent(job.series, gaps=options.gaps)
+    return read.read_extent(job.series, gaps=options.gaps, tilt=options.tilt)
 
 
 def read_case(job: Job, options: Options, scratch: Path | None = None) -> ReadCase:

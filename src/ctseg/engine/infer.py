@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -22,9 +23,9 @@ from ctseg.engine.pipeline import Check, one_by_one, overlapped
 from ctseg.engine.plan import NO_PLANS, TOO_LARGE, Plan
 from ctseg.engine.predict import IN_MEMORY, OnWindow, Placement, Scores, predict_taken, scores_taken
 from ctseg.engine.process import peak_memory_bytes
-from ctseg.engine.run_manifest import RunManifest, open_run_manifest, run_facts
+from ctseg.engine.run_manifest import RunManifest, open_run_manifest, place_of, run_facts
 from ctseg.engine.runtime import memory_errors
-from ctseg.errors import ImageError, NotEnoughMemory, Stopped
+from ctseg.errors import CtsegError, ImageError, NotEnoughMemory, Stopped
 from ctseg.files import Digest, make_folder
 from ctseg.io.images import write_labels
 from ctseg.jobs import PLAIN, Job, Options, Shard
@@ -137,6 +138,8 @@ def infer(
             progress.note(f"{outcome.image.name}: {note}")
         progress.advance(f"{outcome.image.name}: {outcome.error or outcome.status}")
 
+    if options.overlays:
+        _check_pictures(jobs)
     facts = run_facts(model, options, shard)
     progress.start(f"segmenting with {model.recipe.name}", len(mine))
     with (
@@ -145,14 +148,22 @@ def infer(
     ):
         run = overlapped if overlap else one_by_one
 
+        others = [] if options.overwrite else [job for job in mine if manifest.is_of_another_ct(job)]
+        if others:
+            raise CtsegError(
+                f"'{others[0].mask}' is the mask of another CT of that name than '{others[0].image}'; choose another "
+                f"--output, or --overwrite to replace it"
+            )
+
         def read(job: Job) -> _Work:
-            work = _Work(job, plans.get(job.mask), skipped=job.is_done and not options.overwrite)
+            is_done = job.is_done and not options.overwrite and not manifest.is_outdated(job)
+            work = _Work(job, plans.get(job.mask), skipped=is_done)
             return work if work.skipped else _read(work, options, model.runtime.device, hasher)
 
         def write(work: _Work) -> Outcome:
             outcome = _write(work, model, options)
             record_failure(output / shard.failures, str(outcome.image), outcome.error)
-            _record(manifest, outcome, work.digest, model.runtime.device)
+            _record(manifest, outcome, work, model.runtime.device)
             return outcome
 
         try:
@@ -268,13 +279,27 @@ def _case_errors(work: _Work, device: torch.device) -> Iterator[None]:
         work.error = work.error or (str(error) if image in str(error) else f"'{image}': {error}")
 
 
+def _check_pictures(jobs: Sequence[Job]) -> None:
+    """Raises CtsegError if two masks would have one picture."""
+    named = Counter(_picture(job) for job in jobs)
+    shared = [path for path, count in named.items() if count > 1]
+    if shared:
+        raise CtsegError(
+            f"--overlays: '{shared[0]}' would be the picture of {named[shared[0]]} masks; give these CTs other names"
+        )
+
+
+def _picture(job: Job) -> Path:
+    return job.mask.with_name(f"{image_stem(job.mask)}.png")
+
+
 def _draw(job: Job, case: ReadCase, mask: NDArray[np.uint8], model: Model) -> None:
     from ctseg.report.overlay import draw_overlay  # not at the top: few runs draw
 
     stem = image_stem(job.mask)
     title = job.image.name if job.series is None else stem  # a folder may be called as the patient is
     hu_window = model.recipe.preprocess.hu_window
-    draw_overlay(job.mask.with_name(f"{stem}.png"), case.volume, mask, None, hu_window, title)
+    draw_overlay(_picture(job), case.volume, mask, None, hu_window, title)
 
 
 def _write_restored(work: _Work, scores: Scores) -> NDArray[np.int64]:
@@ -304,12 +329,14 @@ def _volumes_ml(case: ReadCase, counts: NDArray[np.int64], model: Model) -> dict
     return {name: float(counts[int(value)]) * voxel_ml for value, name in model.recipe.labels.items()}
 
 
-def _record(manifest: RunManifest, outcome: Outcome, digest: Digest | None, device: torch.device) -> None:
+def _record(manifest: RunManifest, outcome: Outcome, work: _Work, device: torch.device) -> None:
+    digest = work.digest
     if outcome.status == "skipped":
         manifest.add_skipped(outcome.mask, outcome.image)
         return
     case = {
         "image": str(outcome.image),
+        "place": place_of(work.job),
         "status": outcome.status,
         "sha256": digest and digest.sha256,
         "num_bytes": digest and digest.num_bytes,

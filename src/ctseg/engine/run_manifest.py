@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import os
 import platform
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import ctseg
+from ctseg.engine.cases import digest_input
 from ctseg.engine.model import Model
-from ctseg.errors import CtsegError, OutputError, Stopped
+from ctseg.errors import CtsegError, ImageError, OutputError, Stopped
 from ctseg.files import write_text
-from ctseg.jobs import RUN_MANIFEST, Options, Shard
+from ctseg.jobs import RUN_MANIFEST, Job, Options, Shard
 from ctseg.privacy import without_uids
 from ctseg.provenance import read_object
 
@@ -73,6 +76,24 @@ class RunManifest:
         made = {"mask_mtime_ns": _mtime_ns(mask), "run": self._run["started"]}
         self._set({"mask": self._name(mask), **case, **made})
         self.write()
+
+    def is_of_another_ct(self, job: Job) -> bool:
+        """Whether the mask of a job is that of another CT, which is called like its own: another file, other bytes."""
+        case = self._cases.get(self._name(job.mask), {})
+        if job.series is not None or case.get("status") != "done" or case.get("place") in (None, place_of(job)):
+            return False
+        try:
+            return job.num_bytes != case.get("num_bytes") or digest_input(job).sha256 != case.get("sha256")
+        except (OSError, ImageError):
+            return True
+
+    def is_outdated(self, job: Job) -> bool:
+        """Whether a CT has another size than when its mask was made, however old its files say they are."""
+        case = self._cases.get(self._name(job.mask), {})
+        try:
+            return case.get("status") == "done" and case.get("num_bytes") not in (None, job.num_bytes)
+        except OSError:
+            return False
 
     def add_skipped(self, mask: Path, image: Path) -> None:
         """Keeps the entry of a mask that was there; one without an entry gets one that knows nothing of it.
@@ -147,6 +168,13 @@ def open_run_manifest(path: Path, facts: Mapping[str, Any]) -> Iterator[RunManif
     manifest.close("complete")
     for part in parts:
         part.unlink(missing_ok=True)
+
+
+def place_of(job: Job) -> str | None:
+    """A number for where a CT's file lies, which tells nobody; a series is called by its own identifier anyway."""
+    if job.series is not None:
+        return None
+    return hashlib.sha256(os.fsencode(job.image.absolute())).hexdigest()[:16]
 
 
 def _objects(data: Mapping[str, Any], key: str) -> list[dict[str, Any]]:

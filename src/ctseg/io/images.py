@@ -36,6 +36,8 @@ _READERS: dict[str, Callable[[Path], Header]] = {
     ".nrrd": itk.read_nrrd_header,
     ".mha": itk.read_mha_header,
 }
+LARGEST_HU = 1e6
+"""In absolute value; larger ones would not be exact in float32, nor the voxels between them and their neighbours."""
 WRITERS: dict[str, Callable[[Path, Volume | LabelStream], None]] = {
     ".nii.gz": partial(nifti.write, compressed=True),
     ".nii": partial(nifti.write, compressed=False),
@@ -189,6 +191,11 @@ def check_values(low: Any, high: Any, bad: int, path: Path) -> None:
     if bad:
         raise ImageError(
             f"cannot read '{path}': every voxel must be a number, got {bad} NaN or infinite; export it again"
+        )
+    if max(-float(low), float(high)) > LARGEST_HU:
+        raise ImageError(
+            f"cannot read '{path}': expected Hounsfield units of at most {LARGEST_HU:g}, got voxels from {low:.6g} to "
+            f"{high:.6g}; put -1024 where they stand for nothing"
         )
     if low == high:
         raise ImageError(f"cannot read '{path}': every voxel is {low}: not a CT; is this the right file?")

@@ -75,8 +75,10 @@ class _Fields(dict[str, str]):
 
     def choose(self, key: str, choices: Mapping[str, Any], default: Any) -> Any:
         """What `choices` says for the value of `key`; `default` and a problem where it says nothing."""
-        if self.get(key) in choices:
-            return choices[self[key]]
+        given = self.get(key, "")
+        for text in (given, given.lower()):  # NRRD's words may be in capitals
+            if text in choices:
+                return choices[text]
         self.problems.append(f"'{key}' must be one of {', '.join(choices)}; got {self.got(key)}")
         return default
 

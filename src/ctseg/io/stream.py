@@ -106,8 +106,8 @@ class CTStream:
         self._note_values(planes if self._is_scaled else stored)
 
     def _note_values(self, values: NDArray[Any]) -> None:
-        if values.dtype.kind != "f" and self._lowest < self._highest:
-            return  # whole numbers are finite, and it is known that not all are the same
+        if values.dtype.kind != "f" and values.dtype.itemsize <= 2 and self._lowest < self._highest:
+            return  # whole numbers of 16 bits are finite and small, and it is known that not all are the same
         low, high = values.min(), values.max()
         if not (np.isfinite(low) and np.isfinite(high)):
             self._bad += values.size - int(np.count_nonzero(np.isfinite(values)))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from ctseg.progress import printable
+
 GAP = "  "
 
 
@@ -27,7 +29,7 @@ def render_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> st
 def _text(value: object) -> str:
     if value is None:
         return "-"
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+    return f"{value:.4f}" if isinstance(value, float) else printable(str(value))
 
 
 def _is_numeric(values: Sequence[object]) -> bool:

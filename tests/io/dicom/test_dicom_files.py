@@ -26,6 +26,15 @@ def pack(folder: Path, archive: Path, inside: str = "study/series") -> Path:
     return archive
 
 
+def test_members_of_one_name_are_refused(make_series: Maker, tmp_path: Path):
+    """Programs read the first or the last of them: a CT would lack slices."""
+    files = sorted(make_series().iterdir())
+    with pytest.warns(UserWarning, match="Duplicate name"), zipfile.ZipFile(tmp_path / "twice.zip", "w") as packed:
+        for number, path in enumerate(files):
+            packed.write(path, f"IM{number % 4}.dcm")
+    assert "several members have one name" in refusal(tmp_path / "twice.zip")
+
+
 def refusal(path: Path) -> str:
     with pytest.raises(ImageError) as caught:
         find_series([path])

@@ -83,6 +83,35 @@ def outcome_of(series: Series) -> str | None:
     return None
 
 
+@pytest.mark.parametrize("num_bytes", [132, 200, 300, 350])
+def test_a_slice_that_ends_in_its_header_is_missed(series_plan, make_series: Maker, num_bytes: int):
+    """As an interrupted copy leaves it; without it the series would be a slice shorter, and nobody knew."""
+    folder = make_series(series_plan())
+    last = sorted(folder.iterdir())[-1]
+    last.write_bytes(last.read_bytes()[:num_bytes])
+    rejected = find_series([folder]).left_out(keep_identifiers=True)
+    assert [name.rpartition("/")[2] for name, _ in rejected] == [last.name]
+
+
+@pytest.mark.parametrize("syntax", [JPEG2000Lossless, JPEGLSLossless])
+def test_bits_above_the_stored_ones_are_cut_off_however_pixels_are_packed(series_plan, make_series: Maker, syntax: str):
+    """Values of 12 bits, signed, in 16 bits whose upper four say nothing: those of negative ones are 0 here."""
+
+    def twelve_bits(dataset: pydicom.Dataset, _: int) -> None:
+        values = np.frombuffer(dataset.PixelData, dtype=np.uint16)
+        dataset.PixelData = (values & 0x0FFF).tobytes()
+
+    plan = {"size": (64, 48, 3), "rescale": lambda _: (1, 0), "hu": lambda points: points[..., 0] * 20 - 300}
+    wanted = read_series(find_series([make_series(series_plan(**plan), "plain")]).series[0]).volume.array
+    assert wanted.min() < 0 < wanted.max() < 2**11
+    source = make_series(series_plan(**plan, syntax=syntax, change=twelve_bits), "packed")
+    for path in source.iterdir():
+        dataset = pydicom.dcmread(path)
+        dataset.BitsStored, dataset.HighBit = 12, 11
+        dataset.save_as(path)
+    np.testing.assert_array_equal(read_series(find_series([source]).series[0]).volume.array, wanted)
+
+
 @pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, RLELossless, JPEG2000Lossless, JPEGLSLossless])
 def test_damaged_files(series_plan, make_series: Maker, tmp_path: Path, syntax: str):
     """Random bytes changed, runs overwritten, tails cut off: in the header, in the pixels, and anywhere."""

@@ -498,7 +498,7 @@ def test_the_headers_tell_what_a_series_takes(tmp_path: Path, policy: dict[str, 
     plan = Plan(missing=missing, tilt_degrees=tilt_degrees, rescale=lambda n: (slope, -1024))
     series = select_series(find_series([write_series(tmp_path / "ct", plan)]), None)
     volume = read_series(series, **policy).volume
-    extent = read_extent(series, gaps=policy.get("gaps", "error"))
+    extent = read_extent(series, **policy)
     assert extent.geometry.agrees_with(volume.geometry)
     assert extent.held_bytes == volume.array.nbytes
     assert (extent.reading_bytes > 0, extent.movable) == ((True, False) if tilt_degrees else (False, True))

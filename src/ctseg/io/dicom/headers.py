@@ -244,4 +244,6 @@ def _is_object(header: Header, start: bytes) -> bool:
     sop_class = str(value_of(header.scanned, "SOPClassUID") or "")
     if start[128:132] != b"DICM":
         return sop_class.startswith("1.2.840.10008.5.1.4.")
-    return bool(sop_class) or header.pixels is not None
+    if not sop_class and header.pixels is None:
+        raise ImageError("it ends before its header says what it is; copy it again from its source")
+    return True

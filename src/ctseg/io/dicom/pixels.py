@@ -299,4 +299,4 @@ def _encapsulated(slices: Sequence[Slice]) -> Iterator[tuple[Slice, NDArray[Any]
     for one, (stored, _) in zip(slices, decoded, strict=True):
         if stored.shape != (rows, columns):
             raise ImageError(f"unpacked to {stored.shape[::-1]}, its header promises {columns} x {rows}; copy it again")
-        yield one, stored
+        yield one, _significant(stored, one)

@@ -170,12 +170,13 @@ def select_series(found: Found, rule: str | None) -> Series:
     raise CtsegError("\n  ".join([f"one CT series is read, {left}; {hint}:", *known]))
 
 
-def read_extent(series: Series, *, gaps: Gaps = "error") -> Extent:
+def read_extent(series: Series, *, gaps: Gaps = "error", tilt: Tilt = "error") -> Extent:
     """What `read_series` will take, by the headers.
 
     Raises:
-        ImageError: if its slices cannot be one grid.
+        ImageError: as `read_series`, as far as headers tell.
     """
+    _check_usable(series, gaps, tilt)
     slices = [run[0] for run in at_one_position(series.slices)]
     with np.errstate(all="ignore"):
         geometry = measure(slices)
@@ -205,18 +206,23 @@ def read_series(series: Series, *, gaps: Gaps = "error", tilt: Tilt = "error", s
     Raises:
         ImageError: if the series cannot become a volume that can be trusted; it names every problem.
     """
-    solved = ({"gaps"} if gaps != "error" else set()) | ({"tilt"} if tilt == "shear" else set())
+    _check_usable(series, gaps, tilt)
     with pydicom_silent(), np.errstate(all="ignore"):
-        subject = f"cannot read {describe(series)}"
+        try:
+            return _read(series, gaps == "ignore", scratch)
+        except ImageError as error:
+            raise ImageError(f"cannot read {describe(series)}: {error}") from error
+
+
+def _check_usable(series: Series, gaps: Gaps, tilt: Tilt) -> None:
+    """Raises ImageError, naming every problem, unless the series is a CT whose slices can be one volume."""
+    solved = ({"gaps"} if gaps != "error" else set()) | ({"tilt"} if tilt == "shear" else set())
+    with pydicom_silent():
         problems = [problem.text for problem in series.problems if problem.code not in solved]
         if not series.is_ct:
             problems.insert(0, f"it is no CT but {series.kind}; choose a CT series")
         if problems:
-            raise ImageError(list_problems(subject, problems))
-        try:
-            return _read(series, gaps == "ignore", scratch)
-        except ImageError as error:
-            raise ImageError(f"{subject}: {error}") from error
+            raise ImageError(list_problems(f"cannot read {describe(series)}", problems))
 
 
 def describe(series: Series) -> str:
