@@ -14,10 +14,10 @@ from ctseg.dicom_jobs import STRICT, find_ct_series, note_rejected
 from ctseg.errors import CtsegError, ImageError, OutputError
 from ctseg.files import is_there, make_folder, write_json
 from ctseg.io.dicom.names import patient_name
-from ctseg.io.dicom.read import DicomCT, Gaps, Tilt, find_series, read_series, select_series
+from ctseg.io.dicom.read import DicomCT, Gaps, Tilt, find_series, read_extent, read_series, select_series
 from ctseg.io.dicom.series import Series
 from ctseg.io.dicom.write import write_series
-from ctseg.io.images import OTHER_SUFFIXES, read_image, read_labels, write_image
+from ctseg.io.images import OTHER_SUFFIXES, read_geometry, read_image, read_labels, write_image
 from ctseg.manifest import IMAGE_SUFFIXES, image_stem, is_image_name
 from ctseg.privacy import without_uids
 from ctseg.progress import Progress
@@ -113,6 +113,8 @@ class _Task:
     shown: str
     output: Path
     read: Callable[[], Volume | DicomCT]
+    grid: Callable[[], Geometry]
+    """Of its header."""
     overwrite: bool
     patient: str | None = None
 
@@ -218,7 +220,7 @@ def _image_tasks(source: Path, images: Path, suffix: str, options: Options) -> I
 
 def _image_task(path: Path, output: Path, options: Options) -> _Task:
     read = read_labels if options.labels else read_image
-    return _Task(without_uids(str(path)), output, lambda: read(path), options.overwrite)
+    return _Task(without_uids(str(path)), output, lambda: read(path), lambda: read_geometry(path), options.overwrite)
 
 
 def _series_task(source: Path, series: Series, output: Path, options: Options) -> _Task:
@@ -227,6 +229,7 @@ def _series_task(source: Path, series: Series, output: Path, options: Options) -
         shown if options.keep_identifiers else without_uids(shown),
         output,
         lambda: read_series(series, gaps=options.gaps, tilt=options.tilt),
+        lambda: read_extent(series, gaps=options.gaps, tilt=options.tilt).geometry,
         options.overwrite,
         patient_name(series, keep_identifiers=options.keep_identifiers),
     )
@@ -241,12 +244,25 @@ def _check_names(tasks: list[_Task]) -> None:
 
 
 def _try(task: _Task) -> Conversion:
-    if is_there(task.output) and not task.overwrite:
-        return Conversion(source=task.shown, output=task.output, status="skipped", patient=task.patient)
     try:
+        if is_there(task.output) and not task.overwrite:
+            _check_same_grid(task)
+            return Conversion(source=task.shown, output=task.output, status="skipped", patient=task.patient)
         return _convert(task)
     except ImageError as error:
         return Conversion(source=task.shown, output=task.output, status="failed", error=str(error))
+
+
+def _check_same_grid(task: _Task) -> None:
+    """Raises ImageError if the file that is there is of another CT, or of a series that has become longer."""
+    if not is_image_name(task.output):
+        return
+    there, wanted = read_geometry(task.output), task.grid()
+    if not there.agrees_with(wanted):
+        raise ImageError(
+            f"'{task.output}' is there and holds another CT ({'x'.join(map(str, there.size))} voxels, this one has "
+            f"{'x'.join(map(str, wanted.size))}); choose another output, or --overwrite to replace it"
+        )
 
 
 def _convert(task: _Task) -> Conversion:

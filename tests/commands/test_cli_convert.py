@@ -121,6 +121,21 @@ def test_nobody_is_named_unless_asked(cli: Callable, archive: Path, tmp_path: Pa
         assert not any(secret in text for text in (*told, *headers)), secret
 
 
+def test_another_ct_of_that_name_is_not_taken_for_what_is_there(cli: Callable, ct: Volume, tmp_path: Path) -> None:
+    for name, volume in (("p1", ct), ("p2", Volume(ct.array[:-1], Geometry((11, 10, 6), ct.geometry.affine)))):
+        (tmp_path / name).mkdir()
+        write_image(tmp_path / name / "ct.nii.gz", volume)
+    assert cli("convert", "p1", "set").code == 0
+    assert json.loads(cli("convert", "p1", "set", "--json").out)[0]["status"] == "skipped"
+    result = cli("convert", "p2", "set")
+    assert result.code == 1
+    assert (
+        "is there and holds another CT (12x10x6 voxels, this one has 11x10x6); choose another output" in result.message
+    )
+    assert cli("convert", "p2", "set", "--overwrite").code == 0
+    assert read_image(tmp_path / "set" / "images" / "ct.nii.gz").geometry.size == (11, 10, 6)
+
+
 def test_identifiers_are_kept_on_request(cli: Callable, archive: Path, tmp_path: Path) -> None:
     assert cli("convert", "archive", "set", "--keep-identifiers", "--gaps", "fill").code == 0
     names = {path.name.removesuffix(".nii.gz") for path in (tmp_path / "set" / "images").iterdir()}
