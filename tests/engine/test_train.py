@@ -82,9 +82,10 @@ def test_a_run_that_never_began_leaves_nothing_unless_it_was_stopped(
 
     arguments = (tiny_recipe, tmp_path / "run", lambda _: tiny_manifest, cpu, Silent(), tiny_prepared)
     start = {"model": network_for(tiny_recipe).state_dict(), "report": {"source": "here"}}
-    with monkeypatch.context() as patch, pytest.raises(type(error)):
+    with monkeypatch.context() as patch:
         patch.setattr("ctseg.engine.train.prepare_bank", refuse)
-        train(*arguments, start=start)
+        with pytest.raises(type(error)):
+            train(*arguments, start=start)
     assert (tmp_path / "run").exists() is stays
     if stays:
         assert {path.name for path in (tmp_path / "run").iterdir()} == {

@@ -93,7 +93,6 @@ def test_big_endian_nrrd_and_mha(tmp_path: Path, image: SimpleITK.Image) -> None
 @pytest.mark.parametrize("space", ["right-anterior-superior", "left-anterior-superior", "RAS", "LPS"])
 def test_nrrd_spaces_as_simpleitk_sees_them(tmp_path: Path, image: SimpleITK.Image, space: str) -> None:
     path = edit(write(tmp_path / "ct.nrrd", image), "left-posterior-superior", space)
-    path = edit(path, f"space: {space}", f"space: {space}" if "-" in space else f"space: {space}")
     geometry, expected = read_geometry(path), SimpleITK.ReadImage(str(path))
     for index in [(0, 0, 0), (6, 10, 4), (3, 0, 2)]:
         position = (geometry.affine @ [*index, 1])[:3]

@@ -122,7 +122,7 @@ def test_origins_are_written_as_browsers_do(given: str, origin: str | None) -> N
     if origin is not None:
         assert check_origin(given) == origin
         return
-    with pytest.raises(CtsegError, match="expected an origin such as https://viewer.example.org"):
+    with pytest.raises(CtsegError, match=r"expected an origin such as https://viewer\.example\.org"):
         check_origin(given)
 
 

@@ -30,7 +30,10 @@ DataOption = Annotated[
 PreparedOption = Annotated[Path, typer.Option("--prepared", help="Folder for prepared cases.")]
 ModelOption = Annotated[
     str | None,
-    typer.Option("--model", help="Run folder, checkpoint, exported file, or recipe. Default: the newest run here."),
+    typer.Option(
+        "--model",
+        help="Run folder, checkpoint, exported file, downloaded model, or recipe. Default: the newest run here.",
+    ),
 ]
 
 

@@ -3,6 +3,7 @@
 import io
 import os
 import struct
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +30,8 @@ def pack(folder: Path, archive: Path, inside: str = "study/series") -> Path:
 def test_members_of_one_name_are_refused(make_series: Maker, tmp_path: Path):
     """Programs read the first or the last of them: a CT would lack slices."""
     files = sorted(make_series().iterdir())
-    with pytest.warns(UserWarning, match="Duplicate name"), zipfile.ZipFile(tmp_path / "twice.zip", "w") as packed:
+    with warnings.catch_warnings(), zipfile.ZipFile(tmp_path / "twice.zip", "w") as packed:
+        warnings.simplefilter("ignore", UserWarning)  # zipfile's own, about the names
         for number, path in enumerate(files):
             packed.write(path, f"IM{number % 4}.dcm")
     assert "several members have one name" in refusal(tmp_path / "twice.zip")
