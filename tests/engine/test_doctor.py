@@ -48,11 +48,13 @@ def test_what_ctseg_needs_besides_is_told_only_if_it_is_missing(monkeypatch) -> 
     assert not names & {"pydicom", "highdicom", "connected-components-3d"}
 
     def version(name: str) -> str:
-        if name == "highdicom":
+        if name in ("highdicom", "openvino"):
             raise importlib.metadata.PackageNotFoundError(name)
         return installed(name)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
+    told = "not installed; pip install 'ctseg[openvino]' brings it"
+    assert found("openvino") == Check("openvino", "ok", told)
     assert found("highdicom") == Check("highdicom", "error", "not installed", "pip install highdicom")
 
 

@@ -19,6 +19,8 @@ from ctseg.limits import available_cpus, memory_limit
 
 LIBRARIES = ("torch", "monai", "SimpleITK", "nibabel", "isal", "numpy", "onnxruntime", "tensorboard")
 """Their versions are told; of others that ctseg needs only that they are missing."""
+OPTIONAL = {"openvino": "openvino", "fastapi": "serve", "mlflow-skinny": "mlflow"}
+"""Libraries of extras, and the extra that brings each."""
 MIN_MEMORY_GB = 4.0
 MIN_DISK_GB = 5.0
 MIN_SHARED_MEMORY_GB = 0.5
@@ -64,6 +66,8 @@ def _libraries() -> list[Check]:
             checks.append(Check(name, "ok", versions[0]))
         elif not versions:
             checks.append(Check(name, "error", "not installed", f"pip install {name}"))
+    for name, extra in OPTIONAL.items():
+        checks.append(Check(name, "ok", _version(name) or f"not installed; pip install 'ctseg[{extra}]' brings it"))
     return checks
 
 

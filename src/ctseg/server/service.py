@@ -262,7 +262,7 @@ def open_service(settings: Settings, models: Sequence[tuple[str, Model]]) -> Ser
 
 def _check_unchanged(told: Geometry, read: Geometry) -> None:
     """Raises Conflict if another image lies in the file than when the request came."""
-    if told.size != read.size or not np.array_equal(told.affine, read.affine):
+    if not told.agrees_with(read):
         raise Conflict("image: its file has changed meanwhile; begin anew")
 
 
