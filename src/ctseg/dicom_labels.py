@@ -203,7 +203,7 @@ def _try(name: str, series: Series, objects: list[OtherObject], folder: Path, op
     source = f"series #{series.number}"
     patient = patient_name(series, keep_identifiers=options.keep_identifiers)
     image, label = folder / "images" / f"{name}.nii.gz", _label_path(folder, name)
-    if image.exists() and label.exists() and not options.overwrite:
+    if image.exists() and label.exists() and not options.overwrite and not _is_older(label, series, objects):
         return Labelled(source=source, status="skipped", image=image, label=label, patient=patient)
     try:
         with pydicom_silent():
@@ -233,6 +233,12 @@ def _try(name: str, series: Series, objects: list[OtherObject], folder: Path, op
         volumes_ml={value: float(counts[value]) * voxel_ml for value in made.regions},
         notes=(*(finding.text for finding in ct.report.repaired), *made.notes),
     )
+
+
+def _is_older(label: Path, series: Series, objects: list[OtherObject]) -> bool:
+    """Whether a file that a label map is made of is newer than it."""
+    paths = {one.source.path for one in series} | {other.source.path for other in objects}
+    return label.stat().st_mtime_ns < max(path.stat().st_mtime_ns for path in paths)
 
 
 def _chosen(objects: list[OtherObject], options: Options) -> list[pydicom.Dataset]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -109,6 +110,16 @@ def test_what_is_done_is_kept_and_what_failed_is_tried_again(cli: Cli, archive, 
     assert (
         "'data' holds labels that were made in another way (choices 1=/^liver/, 2=/spleen/; gaps fill)" in other.message
     )
+
+
+def test_an_object_that_has_changed_is_read_again(cli: Cli, tmp_path: Path) -> None:
+    write_patient(tmp_path / "archive", 0)
+    arguments = ("labels", "archive", "--output", "set", "--label", "1=/^liver/", "--quiet", "--json")
+    assert [row["status"] for row in json.loads(cli(*arguments).out)] == ["done"]
+    assert [row["status"] for row in json.loads(cli(*arguments).out)] == ["skipped"]
+    for path in (tmp_path / "archive").rglob("*"):
+        os.utime(path)
+    assert [row["status"] for row in json.loads(cli(*arguments).out)] == ["done"]
 
 
 def test_names_are_listed_with_counts(cli: Cli, archive) -> None:

@@ -255,3 +255,9 @@ def test_real_labels(real_data: Path) -> None:
     np.testing.assert_array_equal(labels.array, SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path))).T)
     with pytest.raises(ImageError, match=r"labels must be whole numbers in 0\.\.255, got \d+ voxels that are not"):
         read_labels(real_data / "cip_lung64" / "lm-64.nrrd")
+
+
+def test_byte_orders_that_contradict_each_other_are_refused(tmp_path: Path, image: SimpleITK.Image) -> None:
+    path = write(tmp_path / "ct.mha", image)
+    edit(path, "BinaryDataByteOrderMSB = False", "BinaryDataByteOrderMSB = False\nElementByteOrderMSB = True")
+    assert "'BinaryDataByteOrderMSB' and 'ElementByteOrderMSB' must agree; correct the header" in refusal(path)

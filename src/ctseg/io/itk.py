@@ -164,7 +164,10 @@ def read_mha_header(path: Path) -> Header:
     fields.choose("BinaryData", {"True": True}, True)
     packed = "CompressedData" in fields and fields.choose("CompressedData", bools, False)
     msb = [key for key in ("BinaryDataByteOrderMSB", "ElementByteOrderMSB") if key in fields]
-    big = any(fields.choose(key, bools, False) for key in msb)
+    orders = {bool(fields.choose(key, bools, False)) for key in msb}
+    if len(orders) > 1:
+        fields.problems.append(f"{' and '.join(repr(key) for key in msb)} must agree; correct the header")
+    big = True in orders
     dtype = np.dtype(fields.choose("ElementType", _MHA_DTYPES, "u1")).newbyteorder(">" if big else "<")
     return _header(path, fields.problems, sizes, affine, dtype, "zlib" if packed else "raw", end.end())
 

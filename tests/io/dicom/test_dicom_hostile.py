@@ -7,6 +7,7 @@ import itertools
 import random
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,46 @@ def test_a_slice_that_ends_in_its_header_is_missed(series_plan, make_series: Mak
     last.write_bytes(last.read_bytes()[:num_bytes])
     rejected = find_series([folder]).left_out(keep_identifiers=True)
     assert [name.rpartition("/")[2] for name, _ in rejected] == [last.name]
+
+
+def test_pixels_that_are_floating_point_numbers_are_refused(series_plan, make_series: Maker):
+    """Read as whole numbers they would be anything."""
+
+    def as_float(dataset: pydicom.Dataset, _: int) -> None:
+        dataset.FloatPixelData = np.frombuffer(dataset.PixelData, dtype=np.int16).astype(np.float32).tobytes()
+        dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 32, 32, 31
+        del dataset.PixelData
+
+    message = outcome_of(find_series([make_series(series_plan(change=as_float))]).series[0])
+    assert "its pixels are floating-point numbers" in str(message)
+
+
+def test_slices_of_two_studies_are_noted(series_plan, make_series: Maker):
+    """One series may not be in two studies, but SimpleITK writes each slice as a study of its own."""
+
+    def another(dataset: pydicom.Dataset, number: int) -> None:
+        dataset.StudyInstanceUID = f"1.2.3.{number // 3}"
+
+    (series,) = find_series([make_series(series_plan(change=another))]).series
+    assert ("study", "its slices belong to 2 studies; look whether they are one CT of one patient") in [
+        (note.code, note.text) for note in series.notes
+    ]
+
+
+def test_an_archives_checksum_counts_though_much_follows_the_pixels(series_plan, make_series: Maker, tmp_path: Path):
+    def padded(dataset: pydicom.Dataset, _: int) -> None:
+        dataset.DataSetTrailingPadding = bytes(40_000)
+
+    files = sorted(make_series(series_plan(change=padded)).iterdir())
+    with zipfile.ZipFile(tmp_path / "flipped.zip", "w") as packed:
+        for path in files:
+            packed.write(path, path.name)
+    data = bytearray((tmp_path / "flipped.zip").read_bytes())
+    data[data.index(b"\xe0\x7f\x10\x00") + 40] ^= 0x40
+    (tmp_path / "flipped.zip").write_bytes(data)
+    assert "its pixels are damaged (the archive is damaged)" in str(
+        outcome_of(find_series([tmp_path / "flipped.zip"]).series[0])
+    )
 
 
 @pytest.mark.parametrize("syntax", [JPEG2000Lossless, JPEGLSLossless])

@@ -67,6 +67,12 @@ def _placeless_frames(slices: Sequence[Slice]) -> Iterator[str]:
         yield f"a file holds {frames} frames without a place of their own; export it as Enhanced CT or single images"
 
 
+def _studies(slices: Sequence[Slice]) -> Iterator[str]:
+    studies = {str(one.value("StudyInstanceUID") or "") for one in slices}
+    if len(studies) > 1:
+        yield f"its slices belong to {len(studies)} studies; look whether they are one CT of one patient"
+
+
 def _frames_of_reference(slices: Sequence[Slice]) -> Iterator[str]:
     uids = {str(one.value("FrameOfReferenceUID")) for one in slices}
     if len(uids) > 1:
@@ -97,6 +103,8 @@ def _pixels(slices: Sequence[Slice]) -> Iterator[str]:
         wrong = sorted({str(one.value(keyword)) for one in slices} - set(allowed))
         if wrong:
             yield f"{keyword} must be one of {', '.join(allowed)}, got {shown(wrong)}; it is damaged or no CT"
+    if any(one.file.pixels is not None and one.file.pixels.floating for one in slices):
+        yield "its pixels are floating-point numbers, which images of CT scanners do not have; export it again"
     (x, y), z = slices[0].size, len(slices)
     if x * y * z > MAX_VOXELS:
         yield f"at most {MAX_VOXELS} voxels, its headers promise {x * y * z:.3g}; read a part of it"
@@ -144,6 +152,7 @@ _HEADER_CHECKS: dict[str, Callable[[Sequence[Slice]], Iterator[str]]] = {
     "syntax": _transfer_syntaxes,
 }
 _HEADER_NOTES: dict[str, Callable[[Sequence[Slice]], Iterator[str]]] = {
+    "study": _studies,
     "lossy": _lossy,
     "units": _unspecified,
     "rescale": _uneven_rescale,

@@ -20,7 +20,7 @@ from pydicom.tag import BaseTag
 
 from ctseg.errors import ImageError
 from ctseg.io.dicom.files import Source
-from ctseg.io.dicom.plain import PIXEL_TAGS, UNDEFINED, plain_header
+from ctseg.io.dicom.plain import FLOAT_PIXEL_TAGS, PIXEL_TAGS, UNDEFINED, plain_header
 from ctseg.io.dicom.tags import FUNCTIONAL_GROUPS, SCANNED, tag_value, value_of
 from ctseg.privacy import without_uids
 from ctseg.progress import printable
@@ -57,6 +57,8 @@ class PixelPlace:
     offset: int
     length: int | None
     deflated: bool
+    floating: bool = False
+    """Whether they are floating-point numbers, which no image of a CT scanner has."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,12 +198,12 @@ def _parse(source: Source, start: bytes, tags: list[BaseTag | int] | None) -> He
         scanned = pydicom.Dataset(plain.elements)
         return Header(source, scanned, PixelPlace(plain.offset, plain.length, False), plain.syntax)
     data = _inflated(start, MAX_HEADER_BYTES)
-    stopped: list[tuple[str | None, int]] = []
+    stopped: list[tuple[int, str | None, int]] = []
 
     def at_pixels(tag: int, vr: str | None, length: int) -> bool:
         if tag not in PIXEL_TAGS:
             return False
-        stopped.append((vr, length))
+        stopped.append((tag, vr, length))
         return True
 
     buffer = io.BytesIO(data)
@@ -211,9 +213,9 @@ def _parse(source: Source, start: bytes, tags: list[BaseTag | int] | None) -> He
         return None
     place = None
     if stopped:
-        vr, length = stopped[-1]
+        tag, vr, length = stopped[-1]
         offset = buffer.tell() + (12 if vr in _LONG_VRS else 8)
-        place = PixelPlace(offset, None if length == UNDEFINED else length, data is not start)
+        place = PixelPlace(offset, None if length == UNDEFINED else length, data is not start, tag in FLOAT_PIXEL_TAGS)
     syntax = str(value_of(dataset.file_meta, "TransferSyntaxUID") or "")
     return Header(source, dataset, place, syntax, dataset.original_encoding[1] in (True, None))
 

@@ -228,7 +228,8 @@ def _native(slices: Sequence[Slice], room: Sequence[NDArray[Any]] | None) -> Ite
             if file.readinto(target.data.cast("B")) < frame_bytes:
                 raise ImageError("truncated: the file ends before its pixels do; copy it again from its source")
             yield one, _significant(target.view(dtype).astype(dtype.newbyteorder("="), copy=False), one)
-        file.read(1)  # at the end of a member, an archive's checksum is looked at
+        while first.source.packed is not None and file.read(2**20):
+            pass  # at the end of a member, the archive's checksum is looked at
 
 
 def _plain(one: Slice) -> io.BufferedIOBase:

@@ -21,7 +21,8 @@ from pydicom.valuerep import EXPLICIT_VR_LENGTH_16, EXPLICIT_VR_LENGTH_32
 
 UNDEFINED = 0xFFFFFFFF
 """The length of what ends with a delimiter: sequences, and compressed pixels."""
-PIXEL_TAGS = frozenset((0x7FE00008, 0x7FE00009, 0x7FE00010))
+FLOAT_PIXEL_TAGS = frozenset((0x7FE00008, 0x7FE00009))
+PIXEL_TAGS = FLOAT_PIXEL_TAGS | {0x7FE00010}
 """Float, double and integer pixels: where a header ends."""
 
 _EXPLICIT, _IMPLICIT, _LENGTH = Struct("<HH2sH"), Struct("<HHL"), Struct("<L")
@@ -96,6 +97,8 @@ def _data_set(data: bytes, begin: int, wanted: frozenset[int], syntax: str) -> P
         raise _UnusualError
     found: dict[BaseTag, RawDataElement] = {}
     for tag, vr, place, length in _elements(data, begin, len(data), explicit=explicit):
+        if tag in FLOAT_PIXEL_TAGS:
+            raise _UnusualError
         if tag in PIXEL_TAGS:
             return PlainHeader(found, syntax, place, None if length == UNDEFINED else length)
         if not _FIRST_TAG <= tag < _ITEMS or (tag in wanted and _is_sequence(tag, vr)):

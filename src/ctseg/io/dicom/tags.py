@@ -38,6 +38,7 @@ SCANNED = frozenset(
         *FUNCTIONAL_GROUPS,
         "SOPClassUID",
         "SOPInstanceUID",
+        "StudyInstanceUID",
         "SeriesInstanceUID",
         "SeriesNumber",
         "FrameOfReferenceUID",
