@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 
 from ctseg.errors import CtsegError
-from ctseg.io.images import read_image, write_image
+from ctseg.io.images import read_image, write_image, write_labels
 from ctseg.server.index import Index
 from ctseg.server.problems import Invalid
 from ctseg.server.run import Tls, check_tls, open_socket
 from ctseg.server.settings import check_origin
 from ctseg.server.texts import read_json
 from ctseg.volume import Geometry, Volume
+
+GRID = Geometry((64, 64, 4), np.eye(4))
 
 
 def clicked(live: Any) -> str:
@@ -136,6 +138,22 @@ def test_the_certificate_is_looked_at_before_anything_else(tmp_path: Path) -> No
     (tmp_path / "cert.pem").write_text("no certificate")
     with pytest.raises(CtsegError, match=r"--tls-cert .*cert.pem, --tls-key .*none.pem: cannot be used: "):
         check_tls(Tls(tmp_path / "cert.pem", tmp_path / "none.pem"))
+
+
+def test_outlines_of_noise_are_refused(live: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ctseg.server.aiaa.MAX_POINTS", 1000)
+    answers = []
+    for name, mask in (
+        ("box", np.zeros((64, 64, 4), np.uint8)),
+        ("noise", np.random.default_rng(0).random((64, 64, 4))),
+    ):
+        mask[20:40, 20:40] = 1
+        write_labels(tmp_path / f"{name}.nii.gz", np.asfortranarray(mask > 0.5).astype(np.uint8), GRID)
+        with (tmp_path / f"{name}.nii.gz").open("rb") as file:
+            answers.append(live.call("POST", "/v1/mask2polygon", files={"datapoint": file}, data={"params": "{}"}))
+    assert [answer.status_code for answer in answers] == [200, 413]
+    assert [len(slices) for slices in answers[0].json()] == [1] * 4
+    assert "more than 1000 points; smooth or crop the mask" in answers[1].json()["detail"]
 
 
 def test_uvicorn_tells_nothing_of_its_own(live: Any, capfd: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -98,8 +99,11 @@ def serve(
             models.append((loaded.recipe.slug, loaded))
             progress.note(f"model {path} on {runtime.describe()}, {loaded.backend}")
         service = open_service(settings, models)
-        app = make_app(service)
-        url, images = url_of(bound, tls), len(service.datastore.images())
-        text = f"{images} images, models {', '.join(service.models)}: {url}"
-        emit({"url": url, "images": images, "models": list(service.models)}, text, as_json)
-        run(app, bound, tls, stop_requested)
+        try:
+            app = make_app(service)
+            url, images = url_of(bound, tls), len(service.datastore.images())
+            text = f"{images} images, models {', '.join(service.models)}: {url}"
+            emit({"url": url, "images": images, "models": list(service.models)}, text, as_json)
+            run(app, bound, tls, stop_requested)
+        finally:
+            shutil.rmtree(service.scratch, ignore_errors=True)  # of a start that failed: no application closed it

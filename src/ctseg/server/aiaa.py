@@ -21,11 +21,13 @@ from ctseg.io.images import read_labels
 from ctseg.server.images import FileImage, Image
 from ctseg.server.masks import result_form
 from ctseg.server.own_api import ServiceHere
-from ctseg.server.problems import Invalid, NotHere, SessionGone
+from ctseg.server.problems import Invalid, NotHere, SessionGone, TooLarge
 from ctseg.server.service import Served, Service
 from ctseg.server.transfer import image_for, multipart, one_file, segment_for
 from ctseg.server.uploads import plain_object, received
 
+MAX_POINTS = 500_000
+"""Of all outlines of a mask: an organ has some thousands."""
 ALL_POINTS = 10
 """From this `more_points` on, polygons have all their vertices; below, that share of them."""
 Params = Annotated[str, Form()]
@@ -107,7 +109,7 @@ def mask2polygon(
         service.check_size(FileImage(path))
         with service.unpacking:
             mask = read_labels(path).array > 0
-    return [_polygons(mask[:, :, z], min(more_points, ALL_POINTS)) for z in range(mask.shape[2])]
+            return _outlines(mask, min(more_points, ALL_POINTS))
 
 
 @router.post("/dextr3d", summary="Not supported")
@@ -156,6 +158,21 @@ def extreme_points(mask: NDArray[np.uint8]) -> list[list[int]]:
             middle = plane[len(plane) // 2].tolist()
             points.append([*middle[:axis], int(end), *middle[axis:]])
     return points
+
+
+def _outlines(mask: NDArray[np.bool_], kept_of_ten: int) -> list[list[list[list[int]]]]:
+    """The polygons of every slice.
+
+    Raises:
+        TooLarge: if they have too many points to be a person's or a network's.
+    """
+    slices, num_points = [], 0
+    for z in range(mask.shape[2]):
+        slices.append(_polygons(mask[:, :, z], kept_of_ten))
+        num_points += sum(map(len, slices[-1]))
+        if num_points > MAX_POINTS:
+            raise TooLarge(f"image: its outlines have more than {MAX_POINTS} points; smooth or crop the mask")
+    return slices
 
 
 def _polygons(mask: NDArray[np.bool_], kept_of_ten: int) -> list[list[list[int]]]:

@@ -12,6 +12,7 @@ from typing import Any
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
+from starlette.formparsers import MultiPartParser
 from starlette.middleware.cors import CORSMiddleware
 from starlette.staticfiles import StaticFiles
 
@@ -24,6 +25,8 @@ from ctseg.server.service import Service
 from ctseg.server.texts import printable_text, read_json
 
 WEB_FOLDER = Path(__file__).parent / "web"
+SPOOL_BYTES = 2**16
+"""Of each file of a form that are kept in memory; one request may have a thousand files."""
 EXPIRY_SECONDS = 5.0
 """How often expired sessions are looked for."""
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -58,6 +61,7 @@ def make_app(service: Service) -> FastAPI:
         dependencies=[Depends(_check_body)],
     )
     app.state.service = service
+    MultiPartParser.spool_max_size = SPOOL_BYTES
     app.include_router(own_api.router, tags=["ctseg"])
     for part in (monai_label, monai_data, monai_work):
         app.include_router(part.router, tags=["MONAI Label"])
