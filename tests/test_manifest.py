@@ -285,3 +285,14 @@ def test_unknown_name():
 )
 def test_image_stem(name: str, stem: str):
     assert image_stem(Path(name)) == stem
+
+
+def test_names_do_not_depend_on_where_the_files_lie(tmp_path: Path) -> None:
+    """Splits by chance follow from them."""
+    names = []
+    for site in ("here", "some/where/else"):
+        images = [str(tmp_path / site / f"p{n}" / "ct.nii.gz") for n in range(3)]
+        (tmp_path / "lists").mkdir(exist_ok=True)
+        (tmp_path / "lists" / "list.json").write_text(json.dumps({"test": images}))
+        names.append([case.name for case in read_manifest(tmp_path / "lists" / "list.json").cases])
+    assert names == [["p0_ct", "p1_ct", "p2_ct"]] * 2

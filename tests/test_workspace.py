@@ -2,6 +2,7 @@
 
 import errno
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from ctseg.workspace import (
     manifest_to_dict,
     new_run,
     newest_run,
+    reserve_run,
     resolve_model,
     run_of,
     run_recipe,
@@ -163,3 +165,22 @@ def test_run_without_a_checkpoint_is_passed_over_unless_it_is_named(tiny_manifes
     assert resolve_model(None) == resolve_model("spleen") == trained / "last.pt"
     with pytest.raises(ModelError, match=r"run 'runs/spleen-002': no checkpoint yet \(best\.pt or last\.pt\)"):
         resolve_model(str(started))
+
+
+@pytest.mark.parametrize("name", ["data.json", "start.pt", "best.pt", "last.pt"])
+def test_a_run_does_not_begin_where_files_of_others_lie(tmp_path: Path, tiny_manifest: Manifest, name: str) -> None:
+    """The data list that a training reads may lie there."""
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(CtsegError, match=f"holds {name}, but no run of ctseg, which would replace them"):
+        start_run(tmp_path, load_recipe("spleen:small"), tiny_manifest)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "mine")]
+
+
+def test_runs_that_begin_at_the_same_moment_have_folders_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe("spleen:small")
+    with ThreadPoolExecutor(8) as pool:
+        runs = list(pool.map(lambda _: reserve_run(recipe), range(32)))
+    assert sorted(runs) == [Path("runs") / f"spleen-small-{n:03d}" for n in range(1, 33)]

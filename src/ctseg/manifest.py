@@ -10,7 +10,6 @@ labels, see `datalists`.
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -29,6 +28,8 @@ from ctseg.datalists import (
 )
 from ctseg.errors import ManifestError, list_problems
 
+MAX_WEIGHT = 1e6
+"""Of a case."""
 __all__ = [
     "IMAGE_SUFFIXES",
     "MAX_MANIFEST_BYTES",
@@ -273,8 +274,9 @@ def _read_entry(where: str, split: str, entry: Any, root: Path, problems: list[s
         problems.append(f"{where}: an image needs a name before its suffix, got '{entry['image']}'")
         return None
     weight = entry.get("weight", 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
-        problems.append(f"{where}.weight: expected a number above 0, got {weight!r:.80}")
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight <= MAX_WEIGHT:
+        most = f" and at most {MAX_WEIGHT:g}" if isinstance(weight, int | float) and weight > MAX_WEIGHT else ""
+        problems.append(f"{where}.weight: expected a number above 0{most}, got {weight!r:.80}")
         return None
     patient = entry.get("patient")
     if patient is not None and not (isinstance(patient, str) and patient.strip()):
@@ -296,16 +298,24 @@ def _kind(value: Any) -> str:
 
 
 def _with_unique_names(cases: list[Case], root: Path) -> list[Case]:
-    """Cases that share a file name are named by their path below `root`, parts joined by '_'."""
+    """Cases that share a file name are named by their path below `root`, parts joined by '_'.
+
+    Those outside of it by their path below the folder that holds them all: names, and splits by chance that follow from
+    them, are the same wherever the files lie.
+    """
     shared = {name for name, n in Counter(case.name for case in cases).items() if n > 1}
+    alike = [case.image for case in cases if case.name in shared]
+    outside = [image.absolute().parent for image in alike if not image.is_relative_to(root)]
+    common = Path(os.path.commonpath(outside)) if outside else root
 
     def rename(case: Case) -> Case:
         if case.name not in shared:
             return case
-        inside = case.image.relative_to(root) if case.image.is_relative_to(root) else case.image
-        parts = [*inside.parent.parts, case.name]
-        name = "_".join(part for part in parts if part != inside.anchor)
-        return dataclasses.replace(case, name=name)
+        if case.image.is_relative_to(root):
+            parts = case.image.relative_to(root).parent.parts
+        else:
+            parts = case.image.absolute().relative_to(common).parent.parts or (common.name,)
+        return dataclasses.replace(case, name="_".join([*parts, case.name]))
 
     return [rename(case) for case in cases]
 

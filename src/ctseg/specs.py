@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from ctseg.strict import Range
 
 Positive = Annotated[float, Range(above=0)]
+Millimetres = Annotated[float, Range(above=0, at_most=1000)]
 Probability = Annotated[float, Range(at_least=0, at_most=1)]
 Count = Annotated[int, Range(at_least=1, at_most=100_000)]
 Channels = Annotated[int, Range(at_least=1, at_most=4096)]
@@ -51,7 +52,7 @@ class CodeSpec:
 class Preprocess:
     """From a CT in Hounsfield units to the network's input, on a RAS grid."""
 
-    spacing_mm: tuple[Positive, Positive, Positive]
+    spacing_mm: tuple[Millimetres, Millimetres, Millimetres]
     hu_window: tuple[float, float]
     """HU mapped to 0 and 1; outside is clipped, unless `clip` is off."""
     crop_foreground: bool
@@ -171,7 +172,7 @@ class Sampling:
 class Augmentation:
     """Random changes to each patch. Offsets are in units of the 0..1 intensity scale."""
 
-    shift_offset: Annotated[float, Range(at_least=0)]
+    shift_offset: Annotated[float, Range(at_least=0, at_most=1000)]
     shift_probability: Probability
     flip_probability: Probability = 0.0
     """For each axis by itself."""
@@ -202,7 +203,7 @@ class NovogradSpec:
     """MONAI's Novograd with its default betas (0.9, 0.98)."""
 
     kind: Literal["novograd"]
-    lr: Positive
+    lr: Annotated[float, Range(above=0, at_most=1e30)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +211,7 @@ class AdamSpec:
     """PyTorch's Adam with its default betas."""
 
     kind: Literal["adam"]
-    lr: Positive
+    lr: Annotated[float, Range(above=0, at_most=1e30)]
 
 
 OptimizerSpec = NovogradSpec | AdamSpec
@@ -231,7 +232,7 @@ class StepSpec:
 
     kind: Literal["step"]
     step_epochs: Count
-    gamma: Positive
+    gamma: Annotated[float, Range(above=0, at_most=1000)]
     warmup_epochs: Annotated[int, Range(at_least=0)] = 0
 
 

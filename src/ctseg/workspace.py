@@ -8,12 +8,13 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ctseg.errors import CtsegError, DownloadError, ModelError, RecipeError
-from ctseg.files import make_folder, output_errors, write_json
+from ctseg.files import make_folder, output_errors, write_json, write_text
 from ctseg.manifest import SPLITS, Case, Manifest
 from ctseg.recipe import Recipe, load_recipe, recipe_from_dict, recipe_names
 
@@ -25,6 +26,8 @@ RECIPE_FILE, DATA_FILE = "recipe.json", "data.json"
 CHECKPOINTS = ("best.pt", "last.pt")
 START, START_REPORT = "start.pt", "start.json"
 """In a fine-tuned run: its first weights; where they came from, and which of them."""
+STARTING = ".starting"
+"""In a run's folder while its first files are written."""
 MODEL_SUFFIXES = (".pt", ".ts", ".onnx")
 EXPORT_SUFFIXES = {"torchscript": ".ts", "onnx": ".onnx"}
 
@@ -36,6 +39,19 @@ def new_run(recipe: Recipe, suffix: str = "") -> Path:
     while (RUNS / f"{stem}-{number:03d}").exists():
         number += 1
     return RUNS / f"{stem}-{number:03d}"
+
+
+def reserve_run(recipe: Recipe, suffix: str = "") -> Path:
+    """A new run folder, made now: of two that begin at the same moment, each has its own."""
+    while True:
+        run = new_run(recipe, suffix)
+        with output_errors(run):
+            run.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                run.mkdir()
+            except FileExistsError:
+                continue
+        return run
 
 
 def run_recipe(run: Path) -> Recipe:
@@ -76,11 +92,19 @@ def _recipe_name(file: Path) -> Any:
         return None
 
 
-def start_run(run: Path, recipe: Recipe, manifest: Manifest, precision: str = "auto") -> None:
+def start_run(
+    run: Path,
+    recipe: Recipe,
+    manifest: Manifest,
+    precision: str = "auto",
+    write_start: Callable[[], None] = lambda: None,
+) -> None:
     """Creates the run folder with its recipe, its cases and its precision. Of two started at once, one gets it.
 
+    `write_start` writes what else a run begins with.
+
     Raises:
-        CtsegError: if the folder already holds a run.
+        CtsegError: if the folder already holds a run, or files of others that are called as those of a run.
         OutputError: if it cannot be written to or locked.
     """
     make_folder(run)
@@ -90,10 +114,26 @@ def start_run(run: Path, recipe: Recipe, manifest: Manifest, precision: str = "a
             fcntl.flock(folder, fcntl.LOCK_EX)  # released by the kernel, also when this process is killed
         if (run / RECIPE_FILE).exists():
             raise CtsegError(f"'{run}' already holds a run; continue it with --resume or choose another --output")
+        if not (run / STARTING).exists():  # else they are of a start that was killed
+            _check_nobodys(run)
+            write_text(run / STARTING, "")
+        for name in (START, START_REPORT):
+            (run / name).unlink(missing_ok=True)
+        write_start()
         write_json(run / DATA_FILE, {**manifest_to_dict(manifest), "precision": precision})
         write_json(run / RECIPE_FILE, recipe.to_dict())
+        (run / STARTING).unlink()
     finally:
         os.close(folder)
+
+
+def _check_nobodys(run: Path) -> None:
+    """Raises CtsegError if a folder without a run holds files that a run would replace."""
+    there = [name for name in (DATA_FILE, START, START_REPORT, *CHECKPOINTS, "previous.pt") if (run / name).exists()]
+    if there:
+        raise CtsegError(
+            f"'{run}' holds {', '.join(there)}, but no run of ctseg, which would replace them; choose another --output"
+        )
 
 
 def forget_run(run: Path) -> None:

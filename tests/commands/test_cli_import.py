@@ -640,7 +640,7 @@ def test_a_data_list_of_ones_own_is_named_in_messages(cli: Callable[..., Any], t
     write_files(tmp_path / "old", mmar_40())
     for text, message in (
         ('{"training": 3}', "training: expected a list"),
-        ('{"training": [{"image": "a.nii", "weight": 1e999}]}', "expected a number above 0, got inf"),
+        ('{"training": [{"image": "a.nii", "weight": 1e999}]}', "expected a number above 0 and at most 1e+06, got inf"),
         ("3", "expected a JSON object or list, got int"),
     ):
         (tmp_path / "mine.json").write_text(text)

@@ -262,6 +262,28 @@ def test_what_a_killed_process_of_the_same_id_left_does_not_matter(own_case, tin
     assert set(folder.iterdir()) == {left, case_folder(folder, own_case)}  # it goes after a day
 
 
+def test_a_case_that_another_run_makes_in_the_last_moment_is_accepted(
+    own_case, tiny_recipe, tmp_path, monkeypatch
+) -> None:
+    """After it was looked for, and before this run's own takes its place."""
+    folder = case_folder(bank_folder(tmp_path, tiny_recipe), own_case)
+    is_ready, asked = bank._is_ready, []
+
+    def overtaken(*args) -> bool:
+        asked.append(args)
+        if len(asked) == 2:  # the first time is that of the list of what is to be done
+            monkeypatch.setattr(bank.shutil, "rmtree", lambda *_args, **_options: None)
+            prepare_bank((own_case,), tiny_recipe, tmp_path, Silent())
+            monkeypatch.undo()
+            monkeypatch.setattr(bank.shutil, "rmtree", lambda *_args, **_options: None)
+            return False
+        return bool(is_ready(*args))
+
+    monkeypatch.setattr(bank, "_is_ready", overtaken)
+    assert prepare_bank((own_case,), tiny_recipe, tmp_path, Silent()).made == ("ct",)
+    assert (folder / "case.json").is_file()
+
+
 def test_processes_of_one_number_on_two_nodes_do_not_take_each_others_files(
     own_case, tiny_recipe, tmp_path, monkeypatch
 ) -> None:

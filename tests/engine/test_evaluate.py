@@ -119,6 +119,14 @@ def test_an_empty_label_is_undefined_with_the_mask_still_measured(tiny_model, te
     assert summarise("spleen", [score]).undefined == 1
 
 
+def test_a_label_of_other_values_is_no_empty_one(tiny_model, testing_case, tmp_path, answer) -> None:
+    label = read_labels(testing_case.label).array
+    answer(label)
+    ((score,), _) = score_case(tiny_model, relabelled(testing_case, tmp_path / "255.nii.gz", label * np.uint8(255)))
+    assert score.dice is None
+    assert score.error.endswith("255.nii.gz': label values 255, but the recipe has values 1..1; correct them")
+
+
 def test_each_structure_has_its_own_score(tiny_model: Model, testing_case: Case, tmp_path: Path, answer) -> None:
     label = np.zeros_like(read_labels(testing_case.label).array)
     label[0:4, 0, 0], label[0:4, 1, 0] = 1, 2

@@ -18,6 +18,7 @@ from ctseg.engine.trainer import Trainer
 from ctseg.errors import CtsegError, ModelError, OutputError, Stopped
 from ctseg.progress import Silent
 from ctseg.recipe import Recipe
+from ctseg.workspace import run_recipe, start_run
 
 SIX_STEPS = {"epochs": 3, "batch_cases": 2, "validation_interval_epochs": 2}
 HALVED = {"kind": "step", "step_epochs": 1, "gamma": 0.5}
@@ -379,6 +380,43 @@ def test_a_changed_run_is_resumed_without_saying_so_again(
     assert train_tiny(recipe, tmp_path / "run").epochs == 4
 
 
+def test_a_change_that_is_none_goes_on_in_the_middle_of_its_epoch(
+    tiny_recipe, tmp_path, train_tiny, changed, cpu
+) -> None:
+    """As a job that is queued again with the same options does."""
+    with pytest.raises(Stopped):
+        train_tiny(tiny_recipe, tmp_path / "run", stop_after=3)
+    saved = content(tmp_path / "run")
+    assert saved["step"] > 0
+    same = Trainer.fresh(tiny_recipe, cpu, saved["data"])
+    same.load(tmp_path / "run", changed=True)
+    assert (same.step, same.changed) == (saved["step"], False)
+    other = Trainer.fresh(changed(tiny_recipe, optimizer={"lr": 1e-5}), cpu, saved["data"])
+    other.load(tmp_path / "run", changed=True)
+    assert (other.step, other.changed) == (0, True)
+
+
+def test_the_best_weights_keep_the_recipe_that_they_were_trained_with(
+    tiny_recipe, tmp_path, tiny_prepared, train_tiny, changed, cpu
+) -> None:
+    train_tiny(tiny_recipe, tmp_path / "run")
+    trainer = Trainer.fresh(changed(tiny_recipe, preprocess={"hu_window": [-1000, 1000]}), cpu)
+    trainer.load(tmp_path / "run", changed=True)
+    trainer.history[-1]["mean_dice"] = 1.0  # the last epoch is the best one
+    trainer.repair_best(tmp_path / "run")
+    assert content(tmp_path / "run", "best.pt")["recipe"] == tiny_recipe.to_dict()
+
+
+def test_a_recipe_is_changed_before_there_is_a_checkpoint(
+    tiny_recipe, tmp_path, tiny_manifest, tiny_prepared, train_tiny, changed, cpu
+) -> None:
+    start_run(tmp_path / "run", tiny_recipe, tiny_manifest)
+    other = changed(tiny_recipe, training={"epochs": 1})
+    train(other, tmp_path / "run", None, cpu, Silent(), tiny_prepared, change_recipe=True)
+    assert run_recipe(tmp_path / "run") == other
+    assert train(other, tmp_path / "run", None, cpu, Silent(), tiny_prepared).epochs == 1
+
+
 def test_weights_of_a_fine_tuning_that_never_began_are_not_taken(
     tiny_recipe, tmp_path, train_tiny, assert_same, cpu
 ) -> None:
@@ -386,6 +424,9 @@ def test_weights_of_a_fine_tuning_that_never_began_are_not_taken(
     foreign = {name: torch.zeros_like(v) for name, v in Trainer.fresh(tiny_recipe, cpu).network.state_dict().items()}
     (tmp_path / "run").mkdir()
     save_checkpoint(tmp_path / "run" / "start.pt", {"model": foreign})
+    with pytest.raises(CtsegError, match=r"holds start.pt, but no run of ctseg, which would replace them"):
+        train_tiny(tiny_recipe, tmp_path / "run")
+    (tmp_path / "run" / ".starting").touch()  # it is of a start that was killed
     train_tiny(tiny_recipe, tmp_path / "run")
     assert_same(content(tmp_path / "run")["model"], content(tmp_path / "plain")["model"])
 

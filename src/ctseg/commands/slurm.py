@@ -22,7 +22,7 @@ from ctseg.manifest import SPLITS, find_manifest
 from ctseg.recipe import Recipe
 from ctseg.sbatch import Expand, Resources, Work, check_resources, script
 from ctseg.sources.catalogue import is_made
-from ctseg.workspace import RECIPE_FILE, new_run, resolve_model
+from ctseg.workspace import RECIPE_FILE, reserve_run, resolve_model
 
 CONTEXT_SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 """Whatever `ctseg slurm` does not know itself belongs to the command that the job runs."""
@@ -162,7 +162,7 @@ def _training(command: Any, given: Parameters, processes: int) -> _Planned:
     plan = plan_training(given["recipe"], options)
     _check_processes(plan.recipe, processes)
     check_data(plan, options)
-    run = plan.run or _reserve_run(plan.recipe, suffix)
+    run = plan.run or reserve_run(plan.recipe, suffix)
     if options.resume:
         return _Planned(_job_name(run), Work(arguments=_words(command, {**given, "output": run})), run)
     again = {key: value for key, value in given.items() if key not in STARTS_ONLY}
@@ -182,18 +182,6 @@ def _check_processes(recipe: Recipe, processes: int) -> None:
             f"{processes} processes, but a step of recipe '{recipe.name}' has {patches} patches; use fewer --nodes or "
             f"--gpus, or raise training.batch_cases or sampling.patches_per_case with --set"
         )
-
-
-def _reserve_run(recipe: Recipe, suffix: str) -> Path:
-    """A new run folder, made now: of two scripts written before either job starts, each has its own."""
-    while True:
-        run = new_run(recipe, suffix)
-        try:
-            make_folder(run.parent)
-            run.mkdir()
-        except FileExistsError:
-            continue
-        return run
 
 
 def _job_name(run: Path) -> str:

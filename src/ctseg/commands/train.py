@@ -6,7 +6,8 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,7 +34,7 @@ from ctseg.manifest import find_manifest
 from ctseg.progress import make_progress
 from ctseg.recipe import Recipe, load_recipe, recipe_from_dict, recipe_names
 from ctseg.sources.catalogue import find_data, is_made
-from ctseg.workspace import PREPARED, RECIPE_FILE, new_run, newest_run, run_precision, run_recipe
+from ctseg.workspace import PREPARED, RECIPE_FILE, new_run, newest_run, reserve_run, run_precision, run_recipe
 
 if TYPE_CHECKING:
     from ctseg.engine.train import TrainResult
@@ -145,20 +146,44 @@ def run_training(
     """
     o = options
     plan = plan_training(name, o, finetuned=bool(suffix))
-    wanted, run = plan.recipe, plan.run or new_run(plan.recipe, suffix)
+    wanted = plan.recipe
     tasks = slurm.num_tasks(os.environ)
     if (o.gpus or 1) > 1 and tasks > 1 and "RANK" not in os.environ:
         raise CtsegError(
             f"--gpus {o.gpus}: srun has started {tasks} tasks already, each of them one process on one GPU; leave "
             f"--gpus out, or start one task (srun --ntasks=1)"
         )
-    precision = run_precision(run) if o.resume and o.precision == "auto" else o.precision
+    precision = run_precision(plan.run) if o.resume and plan.run and o.precision == "auto" else o.precision
     if o.gpus is not None:
-        from ctseg.engine.launch import check_gpus, is_launched, launch
+        from ctseg.engine.launch import check_gpus
 
         check_gpus(o.gpus, o.device)
     check_data(plan, o)
     start = None if o.resume or make_start is None else make_start(wanted)
+    with _run_folder(plan, suffix) as run:
+        _train(plan, run, o, start, precision)
+
+
+@contextmanager
+def _run_folder(plan: Plan, suffix: str) -> Iterator[Path]:
+    """The run's folder: a new one, made now in the main process, goes again if nothing comes of it."""
+    if plan.run is not None or slurm.process_index(os.environ):
+        yield plan.run or new_run(plan.recipe, suffix)  # other processes are told the main one's
+        return
+    run = reserve_run(plan.recipe, suffix)
+    try:
+        yield run
+    except BaseException:
+        with suppress(OSError):  # it is not empty
+            run.rmdir()
+        raise
+
+
+def _train(plan: Plan, run: Path, o: TrainOptions, start: Start | None, precision: str) -> None:
+    """Trains in this process, or in several that it starts, and prints the result."""
+    from ctseg.engine.launch import is_launched, launch
+
+    wanted = plan.recipe
     if o.gpus is not None and o.gpus > 1 and not is_launched():
         command, *arguments = sys.argv[1:]
         launch(o.gpus, [command, "--output", str(run), *arguments])  # first, as -- may follow

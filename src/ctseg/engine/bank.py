@@ -10,6 +10,7 @@ network's input anyway.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -284,9 +285,14 @@ def _write_case(folder: Path, case: Case, arrays: dict[str, NDArray[Any]], descr
                 np.save(temporary / f"{name}.npy", np.ascontiguousarray(array))
             (temporary / "case.json").write_text(json.dumps(description))
             sync_contents(temporary)
-            if not _is_ready(folder, case):  # unless another run has made it meanwhile, and may be reading it
+            while not _is_ready(folder, case):  # else another run has made it meanwhile, and may be reading it
                 shutil.rmtree(folder, ignore_errors=True)
-                temporary.rename(folder)
+                try:
+                    temporary.rename(folder)
+                    break
+                except OSError as error:  # it has made it just now
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                        raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 

@@ -26,7 +26,7 @@ import torch
 from ctseg.engine.bank import read_case
 from ctseg.engine.model import Model
 from ctseg.engine.predict import predict, scores_from_logits, window_logits
-from ctseg.errors import CtsegError
+from ctseg.errors import CtsegError, ImageError
 from ctseg.files import make_folder, write_csv, write_json
 from ctseg.lesions import CaseLesions, Lesion, LesionSummary, match_lesions, summarise_lesions, volume_class
 from ctseg.manifest import Case
@@ -34,7 +34,9 @@ from ctseg.metrics import dice, mean_or_none, sd_or_none
 from ctseg.progress import Progress
 from ctseg.report.overlay import draw_overlay
 from ctseg.sampling import CaseArrays
+from ctseg.scratch import count_values
 from ctseg.specs import LesionSpec
+from ctseg.volume import Volume
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,7 @@ def score_case(
     structures = {int(value): name for value, name in model.recipe.labels.items()}
     try:
         image, labels = read_case(case, model.recipe.preprocess.binarize_labels)
+        _check_labels(labels, case, len(structures))
         mask = predict(model, image, fast=fast, note=lambda told: note(f"{case.name}: {told}"))
     except CtsegError as error:
         seconds = time.perf_counter() - started
@@ -196,6 +199,17 @@ def score_case(
         CaseLesions(case.name, name, *match_lesions(mask, labels.array, voxel_ml, spec.min_overlap, value))
         for value, name in structures.items()
     ]
+
+
+def _check_labels(labels: Volume, case: Case, num_labels: int) -> None:
+    """Raises ImageError for a label that has voxels, but none that the recipe knows: it is not an empty one."""
+    values = count_values(labels.array, 256)
+    present = [value for value in range(1, len(values)) if values[value]]
+    if present and min(present) > num_labels:
+        told = ", ".join(map(str, present[:5]))
+        raise ImageError(
+            f"'{case.label}': label values {told}, but the recipe has values 1..{num_labels}; correct them"
+        )
 
 
 def _lesion_scores(spec: LesionSpec, structures: tuple[str, ...], cases: list[CaseLesions]) -> LesionScores:

@@ -10,9 +10,9 @@ import uuid
 
 import torch
 
-from ctseg.errors import CtsegError, DeviceError, Stopped
+from ctseg.errors import CtsegError, DeviceError, PeerLost, Stopped
 
-STOPPED = "all processes have ended after a signal; go on with --resume"
+STOPPED = "all processes have ended after a signal; go on with --resume, or start again if there is no run yet"
 
 
 def is_launched() -> bool:
@@ -63,5 +63,9 @@ def launch(number: int, arguments: list[str]) -> None:
         rank, failure = error.get_first_failure()
         if failure.exitcode == Stopped.exit_code:
             raise Stopped(STOPPED) from error
-        message = f"process {rank + 1} of {number} failed with exit code {failure.exitcode}; its error is above"
-        raise CtsegError(message) from error
+        process = f"process {rank + 1} of {number}"
+        if failure.exitcode < 0:
+            name = signal.Signals(-failure.exitcode).name
+            raise PeerLost(f"{process} was ended by {name} (for too much memory?); go on with --resume") from error
+        kind = CtsegError if failure.exitcode == CtsegError.exit_code else PeerLost
+        raise kind(f"{process} failed with exit code {failure.exitcode}; its error is above") from error

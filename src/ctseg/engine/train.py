@@ -20,14 +20,13 @@ from ctseg.engine.runtime import Runtime, memory_errors
 from ctseg.engine.samples import open_samples
 from ctseg.engine.trainer import Trainer
 from ctseg.errors import CtsegError, PeerLost, Stopped
-from ctseg.files import make_folder, write_json
+from ctseg.files import write_json
 from ctseg.manifest import Manifest, check_files, read_manifest
 from ctseg.progress import Progress
 from ctseg.recipe import Recipe
 from ctseg.workspace import (
     DATA_FILE,
     PREPARED,
-    RECIPE_FILE,
     START,
     START_REPORT,
     forget_run,
@@ -125,8 +124,9 @@ def train(
             trainer.patches_per_pass = fit_into_memory(trainer, max_gpu_bytes, progress)
         if runtime.is_main:
             trainer.repair_best(run)
-            if change_recipe and (run / LAST).exists():
+            if change_recipe:
                 replace_recipe(run, recipe)
+            if trainer.changed:
                 trainer.save(run)
                 (run / PREVIOUS).unlink(missing_ok=True)  # of the old recipe: nothing to fall back on
         best = fit(trainer, training, validation, run, progress, stop_requested, mlflow_uri)
@@ -166,22 +166,17 @@ def _set_up(
     """The cases of the run, which is started with `manifest` unless that is None."""
     if manifest is not None:
         manifest.split("training")
-        if not (run / RECIPE_FILE).exists():  # else `start_run` refuses
-            _keep_start(run, recipe, start)  # first, so that a run never lacks it
-        start_run(run, recipe, manifest, precision)
+        start_run(run, recipe, manifest, precision, partial(_keep_start, run, recipe, start))
     else:
         _sweep(run)
     return check_files(read_manifest(run / DATA_FILE))
 
 
 def _keep_start(run: Path, recipe: Recipe, start: dict[str, Any] | None) -> None:
-    """Writes what a new run starts with; without, removes that of a fine-tuning that never began."""
-    if start is None:
-        for name in (START, START_REPORT):
-            (run / name).unlink(missing_ok=True)
-        return
-    save_checkpoint(make_folder(run) / START, {"recipe": recipe.to_dict(), **start})
-    write_json(run / START_REPORT, start["report"])
+    """Writes what a new run starts with, if it is given."""
+    if start is not None:
+        save_checkpoint(run / START, {"recipe": recipe.to_dict(), **start})
+        write_json(run / START_REPORT, start["report"])
 
 
 def _sweep(run: Path) -> None:

@@ -51,6 +51,10 @@ class Trainer:
     losses: list[float] = field(default_factory=list)
     """Loss of each step done in the running epoch, over all processes' patches."""
     history: list[Row] = field(default_factory=list)
+    changed: bool = False
+    """The last checkpoint is of another recipe or other cases."""
+    best_recipe: Recipe | None = None
+    """Of the last checkpoint, if that is another one."""
     fell_back: bool = False
     """The last checkpoint is damaged, and training goes on from the one before."""
 
@@ -112,7 +116,10 @@ class Trainer:
 
     def save_best(self, run: Path, row: Row) -> None:
         """Writes the weights of the best epoch so far."""
-        save_checkpoint(run / BEST, {"recipe": self.recipe.to_dict(), "model": self.model.state_dict(), **row})
+        self._save_best(run, row, self.recipe)
+
+    def _save_best(self, run: Path, row: Row, recipe: Recipe) -> None:
+        save_checkpoint(run / BEST, {"recipe": recipe.to_dict(), "model": self.model.state_dict(), **row})
 
     def load(self, run: Path, *, changed: bool = False) -> str:
         """Goes to where `save` left off, or takes the weights that a fine-tuning starts with; returns a warning or "".
@@ -130,8 +137,10 @@ class Trainer:
                 self._take_weights(read_checkpoint(run / START), run / START)
             return warning
         before = recipe_from_dict(content.get("recipe"), f"recipe inside the checkpoint of run '{run}'")
+        changed = changed and (before != self.recipe or content.get("data") != self.data)
         if not changed:
             self._compare(before, content.get("data"), run)
+        self.changed, self.best_recipe = changed, before if changed else None
         if "model" not in content:
             raise ModelError(f"checkpoint of run '{run}': incomplete or damaged")
         self._take_weights(content, run)
@@ -154,7 +163,7 @@ class Trainer:
         """Writes the best epoch's weights again if it is the one just loaded: a kill may have come before them."""
         best = self.best
         if best is not None and best["epoch"] == self.epoch and self.step == 0:
-            self.save_best(run, best)
+            self._save_best(run, best, self.best_recipe or self.recipe)  # that which its weights were trained with
 
     def _compare(self, before: Recipe, data: Any, run: Path) -> None:
         if before != self.recipe:
