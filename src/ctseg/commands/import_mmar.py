@@ -42,6 +42,8 @@ def run_import(read: Callable[[Request], Imported], request: Request, as_json: b
     Raises:
         CtsegError: where a file would be replaced, or `read` refuses.
     """
+    if not request.folder.is_dir():
+        raise CtsegError(f"'{request.folder}': no such folder; name that of the MMAR or bundle")
     for name in FILES:
         if os.path.lexists(request.output / name):
             raise CtsegError(f"--output {request.output}: already holds a {name}; name another folder")
